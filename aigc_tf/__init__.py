@@ -1,0 +1,40 @@
+"""Chinese text generation on Keras: a folder of Chinese text in, a language model that writes out.
+
+One sentence carries the package: a language model is a `keras.Model` from token ids `int32 (B, T)` to
+logits `float32 (B, T, V)`, causal: `logits[:, t]` depends on `ids[:, :t+1]` alone.
+
+Shapes: B sequences in a batch, T positions (the context), D hidden dimension, H attention heads,
+V vocabulary size. Between the stages pass only `str`, `list[int]`, NumPy arrays, `tf.data.Dataset`,
+`keras.Model` and `dict[str, float]`; the one class to know is `Tokenizer`.
+
+Importing this package is cheap: each name below loads its module, and TensorFlow, when first used.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "text": ("clean", "load_documents", "split"),
+    "segmentation": ("keywords", "load_stopwords", "load_user_dict", "remove_stopwords", "segment"),
+    "tokenizer": ("Tokenizer",),
+    "dataset": ("make_dataset", "make_store", "open_store"),
+    "models": ("lstm", "transformer"),
+    "evaluation": ("baselines", "evaluate"),
+    "training": ("train",),
+    "generation": ("generate", "generate_batch", "stream"),
+    "saving": ("load", "read_run", "save"),
+}
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,307 @@
+"""The commands: `aigc-tf demo | train | evaluate | generate | info`, also as `python -m aigc_tf`.
+
+Each is a thin layer over the Python functions of the same name.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from . import __version__
+
+_WORD_CHARS_FOR_PROCESSES = 10_000_000
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 done, 2 a wrong option or input (said in one line), 130 stopped by Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+        return 0
+    except KeyboardInterrupt:
+        print("aigc-tf: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:
+        if os.environ.get("AIGC_TF_TRACEBACK"):
+            raise
+        print(f"aigc-tf: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+
+
+def _demo(options) -> None:
+    from .demo import run_demo
+
+    folder = _new_folder(options.out, "demo")
+    run_demo(folder, steps_fraction=options.steps_fraction, seed=options.seed)
+
+
+def _train(options) -> None:
+    from . import models
+    from .dataset import make_dataset, make_store
+    from .devices import keras
+    from .evaluation import baselines, evaluate
+    from .saving import documents_sha256, save
+    from .segmentation import remove_stopwords
+    from .text import load_documents, split
+    from .tokenizer import Tokenizer
+    from .training import train
+
+    if options.num_heads is not None and options.model != "transformer":
+        raise ValueError("--num-heads is for --model transformer: an LSTM has no attention heads.")
+    if options.user_dict and options.unit != "word":
+        raise ValueError("--user-dict is for --unit word: characters need no dictionary.")
+    documents = load_documents(options.paths, options.field)
+    num_chars = sum(map(len, documents))
+    train_documents, valid_documents = split(documents, options.valid_fraction)
+    print(
+        f"{len(documents):,} documents, {num_chars:,} characters: {len(train_documents):,} documents to learn "
+        f"from, {len(valid_documents):,} held out"
+    )
+    if options.remove_stopwords:
+        train_documents, share = remove_stopwords(train_documents, options.remove_stopwords)
+        print(
+            f"stopwords: {share:.1%} of the words to learn from are gone, and the model can never write them; "
+            "the held-out documents stay whole"
+        )
+    is_large = options.unit == "word" and num_chars > _WORD_CHARS_FOR_PROCESSES
+    processes = os.cpu_count() or 1 if is_large else 1
+    tokenizer = Tokenizer.train(
+        train_documents, options.unit, options.vocab_size, user_dict=options.user_dict or (), processes=processes
+    )
+    ids = make_store(train_documents, tokenizer, processes=processes)
+    train_data = make_dataset(ids, tokenizer, options.context, options.batch_size, options.seed)
+    keras.config.set_dtype_policy(options.precision)
+    dimensions = {"num_layers": options.num_layers, "hidden_dim": options.hidden_dim}
+    if options.model == "transformer":
+        dimensions["num_heads"] = options.num_heads
+    build = getattr(models, options.model)
+    model = build(
+        tokenizer.vocab_size,
+        options.context,
+        options.size,
+        dropout=options.dropout,
+        seed=options.seed,
+        **dimensions,
+    )
+    folder = _new_folder(options.out, f"{Path(options.paths[0]).stem}-{options.model}")
+    passes = options.steps * options.batch_size * options.context / len(ids)
+    print(
+        f"{model.name}: {model.count_params():,} parameters, a vocabulary of {tokenizer.vocab_size:,} tokens, "
+        f"{len(ids):,} tokens to learn from, seen {passes:.1f} times in {options.steps:,} steps"
+    )
+    history = train(
+        model,
+        train_data,
+        tokenizer,
+        valid_documents,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        validations=options.validations,
+        run_dir=folder,
+    )
+    figures = {**evaluate(model, tokenizer, valid_documents), "steps_done": history["step"][-1]}
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
+    data = {"documents": len(documents), "characters": num_chars, "sha256": documents_sha256(documents)}
+    save(folder, model, tokenizer, settings=settings, data=data, figures=figures)
+    if history["step"][-1] < options.steps:
+        print(f"stopped after {history['step'][-1]:.0f} of {options.steps} steps; what was learned is kept")
+    _print_figures({**figures, **_named_baselines(baselines(tokenizer, train_documents, valid_documents))})
+    print(f"kept in {folder}; write with it: aigc-tf generate {folder} ...")
+
+
+def _evaluate(options) -> None:
+    from .evaluation import evaluate
+    from .saving import load, read_run
+    from .text import load_documents, split
+
+    run = read_run(options.folder)
+    documents = load_documents(options.paths, options.field)
+    if options.held_out:
+        documents = split(documents, run.get("settings", {}).get("valid_fraction", 0.05))[1]
+    model, tokenizer = load(options.folder)
+    _print_figures(evaluate(model, tokenizer, documents))
+
+
+def _generate(options) -> None:
+    from .generation import check_sampling, stream
+
+    sampling = {
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+    }
+    check_sampling(**sampling)
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples must be at least 1, got {options.num_samples}.")
+    from .saving import load
+
+    model, tokenizer = load(options.folder)
+    for i in range(options.num_samples):
+        if i:
+            print()
+        seed = None if options.seed is None else options.seed + i
+        for piece in stream(model, tokenizer, options.prompt, seed=seed, **sampling):
+            print(piece, end="", flush=True)
+        print()
+
+
+def _info(options) -> None:
+    import json
+
+    from .saving import read_run, versions
+
+    print(json.dumps(read_run(options.folder) if options.folder else versions(), ensure_ascii=False, indent=1))
+
+
+def _new_folder(name: str | None, default: str) -> Path:
+    """Choose the folder of a run: the one named, which must be new, or a new one under runs/."""
+    if name is None:
+        candidates = [Path("runs", default), *(Path("runs", f"{default}-{i}") for i in range(2, 1000))]
+        folder = next(path for path in candidates if not path.exists())
+    else:
+        folder = Path(name)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} exists and is not empty. Name another folder with --out.")
+    return folder
+
+
+def _named_baselines(bits: dict[str, float]) -> dict[str, float]:
+    return {f"bits_per_char of {name}": value for name, value in bits.items()}
+
+
+def _print_figures(figures: dict[str, float]) -> None:
+    for name, value in figures.items():
+        print(f"{name:28}{value:14,.0f}" if value == int(value) else f"{name:28}{value:14,.4f}")
+
+
+class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aigc-tf",
+        description="Train language models on Chinese text, measure them, and let them write.",
+        epilog="Set AIGC_TF_TRACEBACK=1 to see where an error came from.",
+    )
+    parser.add_argument("--version", action="version", version=f"aigc_tf {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+
+    def add(name, run, help, description):
+        command = commands.add_parser(name, help=help, description=description, formatter_class=_HelpWithDefaults)
+        command.set_defaults(run=run)
+        return command
+
+    demo = add(
+        "demo",
+        _demo,
+        "train both models on the Tang poems that ship with the package, compare them, write poems",
+        "Train an LSTM and a Transformer on 14,343 Tang quatrains, a few minutes on two cores; compare their "
+        "bits per character on held-out poems with two baselines; write poems with both.",
+    )
+    demo.add_argument("--out", metavar="FOLDER", help="where to keep it: a new folder (default: runs/demo)")
+    demo.add_argument("--seed", type=int, default=0, help="the seed of everything")
+    demo.add_argument(
+        "--steps-fraction", type=float, default=1.0, metavar="F", help="do this share of the training steps"
+    )
+
+    train = add(
+        "train",
+        _train,
+        "train a model on your own text",
+        "Train a language model on text files, and keep it in a run folder with its tokenizer, its settings "
+        "and its figures on held-out documents.",
+    )
+    train.add_argument("paths", nargs="+", metavar="PATH", help="text files, or folders of .txt and .jsonl files")
+    _add_field(train)
+    train.add_argument("--out", metavar="FOLDER", help="a new folder for the run (default: one under runs/)")
+    train.add_argument("--model", choices=("transformer", "lstm"), default="transformer", help="the architecture")
+    train.add_argument("--size", choices=("tiny", "small", "base"), default="tiny", help="its dimensions")
+    train.add_argument("--num-layers", type=int, metavar="N", help="layers, instead of those of --size")
+    train.add_argument("--hidden-dim", type=int, metavar="N", help="width, instead of that of --size")
+    train.add_argument("--num-heads", type=int, metavar="N", help="attention heads, instead of those of --size")
+    train.add_argument("--dropout", type=float, default=0.1, metavar="P", help="dropout in training")
+    train.add_argument("--unit", choices=("char", "word"), default="char", help="characters, or jieba words too")
+    train.add_argument(
+        "--vocab-size", type=int, metavar="N", help="the largest vocabulary (default: 6000 char, 20000 word)"
+    )
+    train.add_argument("--user-dict", metavar="FILE", help="a jieba user dictionary, for --unit word")
+    train.add_argument(
+        "--remove-stopwords",
+        metavar="LIST",
+        help="take stopwords out of the text to learn from: cn, classical or a file (for experiments)",
+    )
+    train.add_argument("--valid-fraction", type=float, default=0.05, metavar="F", help="share of held-out documents")
+    train.add_argument("--context", type=int, default=128, metavar="T", help="tokens the model looks back")
+    train.add_argument("--batch-size", type=int, default=16, metavar="B", help="windows in a step")
+    train.add_argument("--steps", type=int, default=2000, metavar="N", help="training steps")
+    train.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="the highest learning rate")
+    train.add_argument("--validations", type=int, default=10, metavar="N", help="evaluations on the held-out side")
+    train.add_argument(
+        "--precision",
+        choices=("float32", "mixed_bfloat16", "mixed_float16"),
+        default="float32",
+        help="the arithmetic; mixed_bfloat16 for GPUs, TPUs and CPUs that have it",
+    )
+    train.add_argument("--seed", type=int, default=0, help="the seed of weights, dropout and order")
+
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        "measure a model on documents",
+        "Measure how well a model predicts documents: bits per character, perplexity, tokens per character.",
+    )
+    evaluate.add_argument("folder", metavar="RUN", help="a run folder")
+    evaluate.add_argument("paths", nargs="+", metavar="PATH", help="text files, or folders")
+    _add_field(evaluate)
+    evaluate.add_argument(
+        "--held-out", action="store_true", help="only the documents that the run's own split holds out"
+    )
+
+    generate = add("generate", _generate, "write on from a prompt", "Write on from a prompt, shown as it is written.")
+    generate.add_argument("folder", metavar="RUN", help="a run folder")
+    generate.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins")
+    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to write at the most")
+    generate.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest token each time"
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    generate.add_argument(
+        "--top-p", type=float, default=0.9, metavar="P", help="choose among the likeliest tokens of this probability"
+    )
+    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts")
+    generate.add_argument("--seed", type=int, help="makes the text repeatable (default: another each time)")
+
+    info = add("info", _info, "tell what a run folder holds", "Tell what a run folder holds, as JSON.")
+    info.add_argument(
+        "folder", nargs="?", metavar="RUN", help="a run folder; without one, the versions in use are told"
+    )
+    return parser
+
+
+def _add_field(command) -> None:
+    command.add_argument("--field", default="text", metavar="NAME", help="the text's field in .jsonl records")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The demo: both models on the Tang quatrains that ship with the package, measured and writing."""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from .dataset import make_dataset
+from .devices import keras
+from .evaluation import baselines, evaluate
+from .files import shipped_file
+from .generation import generate_batch
+from .models import lstm, transformer
+from .saving import documents_sha256, save
+from .text import load_documents, split
+from .tokenizer import Tokenizer
+from .training import train
+
+# A 7-character quatrain is 35 tokens with its begin and end. Small models and many small steps learn most in
+# a few minutes of two cores.
+CONTEXT, BATCH_SIZE = 36, 16
+MODELS = {
+    "transformer": {"build": functools.partial(transformer, size="tiny"), "steps": 1600, "learning_rate": 4e-3},
+    "lstm": {"build": functools.partial(lstm, size="tiny"), "steps": 800, "learning_rate": 8e-3},
+}
+_NUM_SAMPLES, _NUM_SHOWN = 100, 4
+
+
+def is_quatrain(text: str) -> bool:
+    """Tell whether a text has the form of the corpus: two lines, four clauses of 5 or of 7 characters."""
+    return _QUATRAIN.fullmatch(text) is not None
+
+
+def _quatrain_of(length: int) -> str:
+    clause = f"[^，。？！；\\n]{{{length}}}[，。？！；]"
+    return f"{clause}{clause}\\n{clause}{clause}"
+
+
+_QUATRAIN = re.compile(f"{_quatrain_of(5)}|{_quatrain_of(7)}")
+
+
+def run_demo(
+    folder, steps_fraction: float = 1.0, seed: int = 0, show: Callable[[str], None] = print
+) -> dict[str, dict[str, float]]:
+    """Train both models on the shipped poems, compare them on held-out poems, and let them write.
+
+    Args:
+        folder: where the run folders `transformer` and `lstm` go.
+        steps_fraction: the share of the usual training steps to do.
+        seed: the seed of everything.
+        show: what to do with each line of text for the reader.
+
+    Returns:
+        The figures of each model, and under "baselines" those of the baselines.
+
+    Raises:
+        ValueError: `steps_fraction` is not above 0.
+    """
+    if not steps_fraction > 0:
+        raise ValueError(f"steps_fraction must be above 0, got {steps_fraction}.")
+    poems = load_documents(shipped_file("tang_quatrains.txt"))
+    train_poems, valid_poems = split(poems)
+    tokenizer = Tokenizer.train(train_poems)
+    num_chars = sum(map(len, poems))
+    show(
+        f"{len(poems):,} Tang quatrains, {num_chars:,} characters: {len(train_poems):,} poems to learn from, "
+        f"{len(valid_poems):,} held out; a vocabulary of {tokenizer.vocab_size:,} tokens."
+    )
+    data = {"documents": len(poems), "characters": num_chars, "sha256": documents_sha256(poems)}
+    figures, samples = {}, {}
+    for name, plan in MODELS.items():
+        steps = max(1, round(plan["steps"] * steps_fraction))
+        settings = {"steps": steps, "learning_rate": plan["learning_rate"], "batch_size": BATCH_SIZE, "seed": seed}
+        model = plan["build"](tokenizer.vocab_size, CONTEXT, seed=seed)
+        show(f"\n{name}: {model.count_params():,} parameters, {steps} steps of {BATCH_SIZE} x {CONTEXT} tokens")
+        train(
+            model,
+            make_dataset(train_poems, tokenizer, CONTEXT, BATCH_SIZE, seed),
+            tokenizer,
+            valid_poems,
+            steps=steps,
+            learning_rate=plan["learning_rate"],
+            validations=8,
+            run_dir=Path(folder, name),
+        )
+        samples[name] = generate_batch(model, tokenizer, [""] * _NUM_SAMPLES, max_new_tokens=CONTEXT, seed=seed)
+        figures[name] = evaluate(model, tokenizer, valid_poems)
+        figures[name]["well_formed"] = sum(map(is_quatrain, samples[name])) / _NUM_SAMPLES
+        save(Path(folder, name), model, tokenizer, settings=settings, data=data, figures=figures[name])
+        keras.backend.clear_session()
+    figures["baselines"] = baselines(tokenizer, train_poems, valid_poems)
+    _show_results(figures, samples, folder, show)
+    return figures
+
+
+def _show_results(figures, samples, folder, show) -> None:
+    show(f"\n{'bits per character on the held-out poems':42}{'well-formed of 100 poems written':>36}")
+    show(f"  {'uniform over the vocabulary':26}{figures['baselines']['uniform']:12.2f}")
+    show(f"  {'character frequencies':26}{figures['baselines']['frequency']:12.2f}")
+    for name in MODELS:
+        share = round(100 * figures[name]["well_formed"])
+        show(f"  {name:26}{figures[name]['bits_per_char']:12.2f}{share:26}")
+    show("  (well-formed: two lines, four clauses, all of 5 or all of 7 characters)")
+    for name in MODELS:
+        show(f"\nFour poems by the {name}, as they came:\n")
+        show("\n\n".join(samples[name][:_NUM_SHOWN]))
+    show(f"\nBoth are kept in {folder}. Write on with one of them:\n  aigc-tf generate {folder}/transformer 春风")

@@ -1,0 +1,302 @@
+"""Tokens: class Tokenizer, text <-> ids without loss."""
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from .files import write_json
+from .segmentation import as_user_dict, segmenter
+
+UNITS = ("char", "word")
+DEFAULT_VOCAB_SIZE = {"char": 6_000, "word": 20_000}
+_FORMAT = {"format": "aigc_tf tokenizer", "version": 1}
+_FIRST_BYTE = 3
+_FIRST_PIECE = _FIRST_BYTE + 256
+_CHUNK_CHARS = 500_000
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Tokenizer:
+    """Turn text into token ids and back without loss: `decode(encode(text)) == text` for every string.
+
+    A word that the vocabulary lacks is spelt in characters, a character that it lacks in UTF-8 bytes; so
+    there is no unknown token. `unit="char"` knows characters (verse; the safe choice), `unit="word"` jieba
+    words too (prose). Ids: 0 padding, 1 begin of document, 2 end of document, 3-258 bytes, then the pieces
+    by falling frequency.
+
+    Args:
+        pieces: the characters and words of the vocabulary, in the order of their ids.
+        unit: "char" or "word".
+        user_dict: a jieba user dictionary, its file or its lines; only for words.
+
+    Raises:
+        ValueError: `unit` is unknown, or a piece is empty or stands twice.
+
+    Example:
+        >>> tokenizer = Tokenizer.train(["春眠不觉晓，处处闻啼鸟。"])
+        >>> tokenizer.encode("春鸟。")
+        [263, 268, 260]
+        >>> tokenizer.decode(tokenizer.encode("龘 is spelt in bytes 🐉"))
+        '龘 is spelt in bytes 🐉'
+    """
+
+    PAD, BOS, EOS = 0, 1, 2
+
+    def __init__(self, pieces: Sequence[str], unit: str = "char", user_dict: Sequence[str] | str = ()):
+        if unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}.")
+        self.pieces = tuple(pieces)
+        self.unit = unit
+        self.user_dict = as_user_dict(user_dict)
+        self._ids = {piece: i for i, piece in enumerate(self.pieces, _FIRST_PIECE)}
+        if len(self._ids) < len(self.pieces) or "" in self._ids:
+            raise ValueError("A vocabulary needs pieces that are all different and not empty.")
+
+    @classmethod
+    def train(
+        cls,
+        documents: Iterable[str],
+        unit: str = "char",
+        vocab_size: int | None = None,
+        *,
+        user_dict: Sequence[str] | str = (),
+        processes: int = 1,
+    ) -> "Tokenizer":
+        """Learn a vocabulary: the most frequent characters, and with `unit="word"` words among them.
+
+        Characters and words share one ranking by frequency; a character counts wherever it stands, so
+        every character of a word that is kept is kept too.
+
+        Args:
+            documents: the training documents.
+            unit: "char" or "word".
+            vocab_size: the size of the vocabulary at the most, with the 259 special and byte ids;
+                by default 6,000 for characters and 20,000 for words.
+            user_dict: a jieba user dictionary, its file or its lines; only for words.
+            processes: how many processes segment; above 1 only from code under `if __name__ ==
+                "__main__":` or in a notebook, and worth it for words from about 10 million characters on.
+
+        Returns:
+            A `Tokenizer`.
+
+        Raises:
+            ValueError: `vocab_size` leaves no room for a piece, or `unit` is unknown.
+        """
+        tokenizer = cls((), unit, user_dict)
+        vocab_size = DEFAULT_VOCAB_SIZE[unit] if vocab_size is None else vocab_size
+        if vocab_size <= _FIRST_PIECE:
+            raise ValueError(f"vocab_size must be over {_FIRST_PIECE} (3 special ids and 256 bytes), got {vocab_size}.")
+        counts = Counter()
+        for chunk_counts in _map_chunks(tokenizer._count, documents, processes):
+            counts.update(chunk_counts)
+        # At equal counts characters go before words, which are made of them, then by code point.
+        ranked = sorted(counts, key=lambda piece: (-counts[piece], len(piece), piece))
+        return cls(ranked[: vocab_size - _FIRST_PIECE], unit, tokenizer.user_dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, V of the models."""
+        return _FIRST_PIECE + len(self.pieces)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The SHA-256 of everything that decides an encoding, as hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self._as_dict(), sort_keys=True).encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text into token ids, without begin or end of document.
+
+        Args:
+            text: any string.
+
+        Returns:
+            `list[int]`, each at least 3 and below `vocab_size`.
+        """
+        words = text if self.unit == "char" else self._segment(text)
+        get = self._ids.get
+        ids = [get(word) for word in words]
+        if None not in ids:
+            return ids
+        return list(chain.from_iterable(
+            (i,) if i is not None else self._spell(word) for i, word in zip(ids, words, strict=True)
+        ))  # fmt: skip
+
+    def encode_documents(self, documents: Iterable[str], processes: int = 1) -> Iterator[np.ndarray]:
+        """Encode documents, each framed by begin and end of document.
+
+        Args:
+            documents: the documents.
+            processes: how many processes encode (see `train`).
+
+        Returns:
+            An iterator over `int32` arrays, one a document, in order.
+        """
+        return chain.from_iterable(_map_chunks(self._encode_chunk, documents, processes))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode token ids into text; special ids give nothing, broken UTF-8 gives U+FFFD.
+
+        Args:
+            ids: token ids.
+
+        Returns:
+            `str`.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary.
+        """
+        return "".join(self.decode_stream(ids))
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Decode ids as they come, whole characters only: bytes wait until their character is complete.
+
+        Args:
+            ids: token ids, possibly from a generator.
+
+        Returns:
+            An iterator over `str`; joined they equal `decode(ids)`.
+
+        Raises:
+            ValueError: an id lies outside the vocabulary.
+        """
+        waiting = b""
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"Ids of this vocabulary run from 0 to {self.vocab_size - 1}, got {i}.")
+            if _FIRST_BYTE <= i < _FIRST_PIECE:
+                characters, waiting = _complete_characters(waiting + bytes([i - _FIRST_BYTE]))
+                if characters:
+                    yield characters
+                continue
+            if waiting:
+                yield "\ufffd"
+                waiting = b""
+            if i >= _FIRST_PIECE:
+                yield self.pieces[i - _FIRST_PIECE]
+        if waiting:
+            yield "\ufffd"
+
+    def save(self, path) -> None:
+        """Write the tokenizer as JSON, whole or not at all.
+
+        Args:
+            path: the file to write.
+        """
+        write_json(path, {**_FORMAT, **self._as_dict()})
+
+    @classmethod
+    def load(cls, path) -> "Tokenizer":
+        """Read a tokenizer that `save` wrote.
+
+        Args:
+            path: the file to read.
+
+        Returns:
+            A `Tokenizer`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no tokenizer of this version.
+        """
+        try:
+            state = json.loads(Path(path).read_text("utf-8"))
+            if any(state.get(key) != value for key, value in _FORMAT.items()):
+                raise ValueError(f"it must say {_FORMAT}")
+            return cls(state["pieces"], state["unit"], tuple(state["user_dict"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a tokenizer that this version can read: {error}.") from None
+
+    def _as_dict(self) -> dict:
+        return {"unit": self.unit, "user_dict": list(self.user_dict), "pieces": list(self.pieces)}
+
+    def _segment(self, text: str) -> list[str]:
+        return segmenter(self.user_dict)(text)
+
+    def _spell(self, word: str) -> list[int]:
+        """Spell a word that the vocabulary lacks in characters, and those that it lacks in bytes."""
+        ids = []
+        for character in word:
+            i = self._ids.get(character)
+            if i is None:
+                ids.extend(byte + _FIRST_BYTE for byte in character.encode("utf-8", "surrogatepass"))
+            else:
+                ids.append(i)
+        return ids
+
+    def _count(self, documents: list[str]) -> Counter:
+        counts = Counter()
+        for document in documents:
+            counts.update(document)
+            if self.unit == "word":
+                counts.update(word for word in self._segment(document) if len(word) > 1)
+        # UTF-8 has no surrogates, so a vocabulary file could not hold them: they are spelt in bytes.
+        return Counter({piece: n for piece, n in counts.items() if not _SURROGATE.search(piece)})
+
+    def _encode_chunk(self, documents: list[str]) -> list[np.ndarray]:
+        return [self._encode_document(document) for document in documents]
+
+    def _encode_document(self, document: str) -> np.ndarray:
+        if self.unit == "char":
+            code_points = np.frombuffer(document.encode("utf-32-le", "surrogatepass"), "<u4")
+            ids = self._id_of_code_point[code_points]
+            if (ids >= 0).all():
+                return np.concatenate(([self.BOS], ids, [self.EOS]), dtype=np.int32)
+        return np.array([self.BOS, *self.encode(document), self.EOS], np.int32)
+
+    @functools.cached_property
+    def _id_of_code_point(self) -> np.ndarray:
+        table = np.full(0x110000, -1, np.int32)
+        for piece, i in self._ids.items():
+            if len(piece) == 1:
+                table[ord(piece)] = i
+        return table
+
+
+def _complete_characters(data: bytes) -> tuple[str, bytes]:
+    """Split bytes into the characters they complete and the rest that may still become one."""
+    characters = ""
+    while data:
+        first = data[0]
+        size = 1 if first < 0x80 else 2 if 0xC2 <= first < 0xE0 else 3 if first < 0xF0 else 4
+        valid = (first < 0x80 or 0xC2 <= first < 0xF5) and all(0x80 <= b < 0xC0 for b in data[1:size])
+        if valid and len(data) < size:
+            break
+        try:
+            characters += data[:size].decode("utf-8", "surrogatepass") if valid else "\ufffd"
+        except UnicodeDecodeError:
+            valid = False
+            characters += "\ufffd"
+        data = data[size if valid else 1 :]
+    return characters, data
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Group documents into lists of about `_CHUNK_CHARS` characters."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document)
+        if size >= _CHUNK_CHARS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _map_chunks(function, documents: Iterable[str], processes: int) -> Iterator:
+    """Apply a function to chunks of documents, in order, in this process or in several."""
+    if processes == 1:
+        yield from map(function, _chunks(documents))
+        return
+    # "spawn" because a fork of a process that runs TensorFlow's threads can hang.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, _chunks(documents))

@@ -1,0 +1,97 @@
+"""The rooms and the one direction of their imports, written down."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import aigc_tf
+
+PACKAGE = Path(aigc_tf.__file__).parent
+
+# Each room may import the rooms named here, all of them above it.
+ALLOWED = {
+    "files": set(),
+    "text": {"files"},
+    "segmentation": {"files"},
+    "tokenizer": {"files", "segmentation"},
+    "devices": set(),
+    "dataset": {"devices", "files", "tokenizer"},
+    "models": {"devices"},
+    "evaluation": {"devices", "tokenizer"},
+    "training": {"devices", "evaluation", "tokenizer"},
+    "sampling": {"devices"},
+    "generation": {"devices", "evaluation", "sampling", "tokenizer"},
+    "saving": {"devices", "evaluation", "files", "tokenizer"},
+}
+# The front doors and the demo put the rooms together.
+FREE = {"__init__", "__main__", "demo"}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            rooms |= {node.module} if node.module else {alias.name for alias in node.names}
+    return rooms - {"__version__"}
+
+
+def test_each_file_is_a_known_room():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ALLOWED) | FREE
+
+
+def test_rooms_import_only_what_the_table_allows():
+    for room, allowed in ALLOWED.items():
+        assert imported_rooms(PACKAGE / f"{room}.py") == allowed, room
+
+
+def test_the_table_has_one_direction():
+    rooms = list(ALLOWED)
+    for i, room in enumerate(rooms):
+        assert ALLOWED[room] <= set(rooms[:i]), room
+
+
+def test_tensorflow_and_keras_enter_through_devices_alone():
+    for path in PACKAGE.glob("*.py"):
+        if path.stem != "devices":
+            tops = {
+                name.split(".")[0]
+                for node in ast.walk(ast.parse(path.read_text("utf-8")))
+                for name in (
+                    [alias.name for alias in node.names]
+                    if isinstance(node, ast.Import)
+                    else [node.module or ""]
+                    if isinstance(node, ast.ImportFrom) and not node.level
+                    else []
+                )
+            }
+            assert not tops & {"tensorflow", "keras", "jax"}, path.stem
+
+
+def test_every_public_name_exists_and_says_what_it_does():
+    for name in aigc_tf.__all__:
+        assert getattr(aigc_tf, name).__doc__.splitlines()[0].endswith((".", ":")), name
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+def test_text_and_tokens_load_no_tensorflow():
+    code = (
+        "import sys, aigc_tf; dir(aigc_tf); t = aigc_tf.Tokenizer.train(['春眠']); aigc_tf.keywords('春眠不觉晓')\n"
+        "assert not {'tensorflow', 'keras', 'jax'} & set(sys.modules)"
+    )
+    run_python(code)
+
+
+def test_a_normal_run_writes_no_log_lines():
+    code = (
+        "import aigc_tf; t = aigc_tf.Tokenizer.train(['春眠不觉晓'], unit='word')\n"
+        "m = aigc_tf.transformer(t.vocab_size, 4, hidden_dim=8, num_heads=1)\n"
+        "d = aigc_tf.make_dataset(['春眠不觉晓'] * 9, t, 4, 2, seed=0)\n"
+        "aigc_tf.train(m, d, t, ['春眠'], steps=2, progress=False)\n"
+        "aigc_tf.generate(m, t, max_new_tokens=2)"
+    )
+    done = run_python(code)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -1,0 +1,106 @@
+import math
+
+import numpy as np
+import pytest
+
+from aigc_tf import Tokenizer, baselines, evaluate
+from aigc_tf.devices import keras
+from aigc_tf.evaluation import _windows
+
+
+def uniform_model(vocab_size, context):
+    """Logits of zero, whatever the ids."""
+    ids = keras.Input((context,), dtype="int32")
+    return keras.Model(ids, keras.layers.Embedding(vocab_size, vocab_size, embeddings_initializer="zeros")(ids))
+
+
+def bigram_model(vocab_size, context, seed=0):
+    """Random logits that depend on the current token alone, so that windows cannot change them."""
+    ids = keras.Input((context,), dtype="int32")
+    embedding = keras.layers.Embedding(vocab_size, vocab_size)
+    model = keras.Model(ids, embedding(ids))
+    embedding.embeddings.assign(np.random.default_rng(seed).normal(size=(vocab_size, vocab_size)))
+    return model
+
+
+def test_a_uniform_model_needs_log2_v_bits_a_token(documents, tokenizer):
+    figures = evaluate(uniform_model(tokenizer.vocab_size, 16), tokenizer, documents)
+    num_chars = sum(map(len, documents))
+    num_tokens = num_chars + len(documents)  # each character is a token, and each document ends
+    assert figures["tokens"] == num_tokens
+    assert figures["chars"] == num_chars
+    assert figures["documents"] == len(documents)
+    assert figures["tokens_per_char"] == pytest.approx(num_tokens / num_chars)
+    assert figures["nats_per_token"] == pytest.approx(math.log(tokenizer.vocab_size))
+    assert figures["perplexity"] == pytest.approx(tokenizer.vocab_size)
+    assert figures["bits_per_char"] == pytest.approx(math.log2(tokenizer.vocab_size) * num_tokens / num_chars)
+    assert figures["bits_per_char"] == pytest.approx(baselines(tokenizer, documents, documents)["uniform"], rel=1e-6)
+
+
+def test_two_documents_by_hand():
+    tokenizer = Tokenizer.train(["春夏"])
+    model = bigram_model(tokenizer.vocab_size, 8)
+    table = np.asarray(keras.ops.convert_to_numpy(model.weights[0]), np.float64)
+    log_p = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
+    (a,), (b,) = tokenizer.encode("春"), tokenizer.encode("夏")
+    begin, end = tokenizer.BOS, tokenizer.EOS
+    by_hand = -(log_p[begin, a] + log_p[a, b] + log_p[b, end] + log_p[begin, b] + log_p[b, end])
+    figures = evaluate(model, tokenizer, ["春夏", "夏"])
+    assert figures["nats_per_token"] == pytest.approx(by_hand / 5, rel=1e-5)
+    assert figures["bits_per_char"] == pytest.approx(by_hand / math.log(2) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 30, 100])
+@pytest.mark.parametrize("context", [1, 2, 8])
+def test_each_token_counts_once_with_half_a_context_before_it(length, context):
+    counted = np.zeros(length + 1, int)
+    for start, counted_from in _windows(np.arange(length + 1), context):
+        end = min(start + context, length)
+        counted[counted_from + 1 : end + 1] += 1
+        assert start == 0 or counted_from - start >= context // 2
+        assert start == 0 or start + context <= length
+    assert (counted[1:] == 1).all()
+
+
+def test_windows_lose_nothing(documents, tokenizer):
+    text = ["\n".join(documents)]
+    whole = evaluate(bigram_model(tokenizer.vocab_size, 1000), tokenizer, text)
+    for context in (1, 2, 7, 64):
+        cut = evaluate(bigram_model(tokenizer.vocab_size, context), tokenizer, text)
+        assert cut["tokens"] == whole["tokens"]
+        assert cut["nats_per_token"] == pytest.approx(whole["nats_per_token"], rel=1e-5)
+
+
+def test_documents_do_not_see_each_other(build, documents, tokenizer):
+    model = build(tokenizer.vocab_size, 40)
+    alone = [evaluate(model, tokenizer, [document]) for document in documents[:5]]
+    together = evaluate(model, tokenizer, documents[:5])
+    nats = sum(figures["nats_per_token"] * figures["tokens"] for figures in alone)
+    assert together["nats_per_token"] == pytest.approx(nats / together["tokens"], rel=1e-5)
+    assert evaluate(model, tokenizer, documents[4::-1])["bits_per_char"] == pytest.approx(together["bits_per_char"])
+
+
+def test_bytes_count_as_part_of_their_character():
+    tokenizer = Tokenizer.train(["春"])
+    figures = evaluate(uniform_model(tokenizer.vocab_size, 8), tokenizer, ["龘"])
+    assert figures["tokens_per_char"] == 4  # three bytes and the end
+    assert figures["bits_per_char"] == pytest.approx(4 * math.log2(tokenizer.vocab_size))
+
+
+def test_the_frequency_baseline_by_hand():
+    tokenizer = Tokenizer.train(["春春夏"])
+    (a,) = tokenizer.encode("春")
+    total = 4 + tokenizer.vocab_size  # three characters and an end, and one for each token
+    expected = -(math.log2(3 / total) + math.log2(2 / total)) / 1
+    assert baselines(tokenizer, ["春春夏"], ["春"])["frequency"] == pytest.approx(expected)
+    assert a != tokenizer.EOS
+
+
+def test_what_cannot_be_measured_is_said(tokenizer):
+    model = uniform_model(tokenizer.vocab_size, 4)
+    with pytest.raises(ValueError, match="at least one document, got none"):
+        evaluate(model, tokenizer, [])
+    with pytest.raises(ValueError, match="at least one document"):
+        baselines(tokenizer, ["春"], [])
+    with pytest.raises(ValueError, match="same vocabulary size, got 5 and"):
+        evaluate(uniform_model(5, 4), tokenizer, ["春"])

@@ -1,0 +1,76 @@
+"""Files: what is written is whole or not there at all."""
+
+import json
+
+import pytest
+
+from aigc_tf.files import read_text, shipped_file, write_beside, write_json
+
+
+def test_write_beside_replaces_on_success(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("旧", "utf-8")
+    with write_beside(target) as temporary:
+        temporary.write_text("新", "utf-8")
+        assert target.read_text("utf-8") == "旧"
+    assert target.read_text("utf-8") == "新"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_write_beside_stays_in_the_folder_and_keeps_the_suffix(tmp_path):
+    with write_beside(tmp_path / "model.keras") as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".keras"
+        temporary.write_text("", "utf-8")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_write_beside_leaves_nothing_on_failure(tmp_path, error):
+    with pytest.raises(error), write_beside(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half", "utf-8")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_beside_fails_cleanly_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="^too early$"), write_beside(tmp_path / "a.txt"):
+        raise ValueError("too early")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_write_beside_keeps_the_old_target_on_failure(tmp_path, error):
+    target = tmp_path / "a.txt"
+    target.write_text("旧", "utf-8")
+    with pytest.raises(error), write_beside(target) as temporary:
+        temporary.write_text("half", "utf-8")
+        raise error
+    assert target.read_text("utf-8") == "旧"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_write_json_is_readable_and_read_back_equal(tmp_path):
+    content = {"字": ["春", "\n", "\u2028"], "n": 1}
+    write_json(tmp_path / "a.json", content)
+    text = (tmp_path / "a.json").read_text("utf-8")
+    assert "春" in text
+    assert json.loads(text) == content
+
+
+def test_write_json_keeps_the_old_file_when_the_content_is_no_json(tmp_path):
+    target = tmp_path / "a.json"
+    write_json(target, {"n": 1})
+    with pytest.raises(TypeError):
+        write_json(target, {"n": {1, 2}})
+    assert json.loads(target.read_text("utf-8")) == {"n": 1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_read_text_takes_a_byte_order_mark_off(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "春".encode())
+    assert read_text(tmp_path / "a.txt") == "春"
+
+
+def test_shipped_files_are_there():
+    assert shipped_file("stopwords_cn.txt").is_file()
+    assert shipped_file("tang_quatrains.txt").is_file()

@@ -1,0 +1,189 @@
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from aigc_tf import read_run
+from aigc_tf.__main__ import main
+from aigc_tf.demo import is_quatrain, run_demo
+
+SMALL = "--context 16 --steps 4 --validations 2 --num-layers 1 --hidden-dim 16 --valid-fraction 0.2".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, documents):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "couplets.txt").write_text("\n\n".join(documents), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("runs") / "couplets"
+    assert main(["train", str(corpus), "--out", str(folder), *SMALL]) == 0
+    return folder
+
+
+def only_error(capsys, arguments):
+    """Run a command that must fail, and return its one line."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("aigc-tf: error: ")
+    return captured.err
+
+
+def test_train_keeps_a_run_with_its_settings_and_figures(run_folder, documents):
+    run = read_run(run_folder)
+    assert run["settings"]["steps"] == 4
+    assert run["settings"]["model"] == "transformer"
+    assert run["data"]["documents"] == len(documents)
+    assert 0 < run["figures"]["bits_per_char"] < 20
+    assert {p.name for p in run_folder.iterdir()} == {
+        "log.csv", "model.keras", "run.json", "tensorboard", "tokenizer.json"
+    }  # fmt: skip
+
+
+def test_train_shows_progress_and_figures(corpus, tmp_path, capsys):
+    assert main(["train", str(corpus), "--out", str(tmp_path / "run"), "--model", "lstm", *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "lstm: " in out
+    assert "step 4/4" in out
+    assert re.search(r"bits_per_char +\d", out)
+    assert "bits_per_char of frequency" in out
+    assert str(tmp_path / "run") in out
+
+
+def test_prose_trains_with_words(tmp_path, documents, capsys):
+    prose = tmp_path / "散文.txt"
+    prose.write_text("\n\n".join(f"我们今天学习第{i}课：{d}" for i, d in enumerate(documents)), "utf-8")
+    (tmp_path / "words.txt").write_text("学习第 100 n\n", "utf-8")
+    arguments = ["train", str(prose), "--unit", "word", "--out", str(tmp_path / "run"), *SMALL]
+    assert main([*arguments, "--user-dict", str(tmp_path / "words.txt")]) == 0
+    from aigc_tf import Tokenizer
+
+    tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer.json")
+    assert tokenizer.unit == "word"
+    assert {"我们", "今天", "学习第"} <= set(tokenizer.pieces)
+
+
+def test_stopwords_can_be_removed_and_their_share_is_told(tmp_path, capsys):
+    prose = tmp_path / "a.txt"
+    prose.write_text("\n\n".join(f"我们的模型会写第{i}首诗。" for i in range(40)), "utf-8")
+    out = tmp_path / "run"
+    assert main(["train", str(prose), "--remove-stopwords", "cn", "--out", str(out), *SMALL]) == 0
+    share = re.search(r"stopwords: ([\d.]+)% of the words", capsys.readouterr().out)
+    assert 20 < float(share[1]) < 60
+    assert "的" not in json.loads((out / "tokenizer.json").read_text("utf-8"))["pieces"]
+
+
+def test_evaluate_repeats_the_figures_of_the_run(run_folder, corpus, capsys):
+    assert main(["evaluate", str(run_folder), str(corpus), "--held-out"]) == 0
+    bits = float(re.search(r"bits_per_char +([\d.]+)", capsys.readouterr().out)[1])
+    assert bits == pytest.approx(read_run(run_folder)["figures"]["bits_per_char"], abs=1e-3)
+    assert main(["evaluate", str(run_folder), str(corpus)]) == 0
+    assert re.search(r"documents +56\n", capsys.readouterr().out)
+
+
+def test_generate_repeats_itself_with_a_seed(run_folder, capsys):
+    texts = []
+    for _ in range(2):
+        assert main(["generate", str(run_folder), "白日", "--seed", "3", "--max-new-tokens", "9"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("白日")
+    assert main(["generate", str(run_folder), "--num-samples", "2", "--max-new-tokens", "3"]) == 0
+
+
+def test_info_is_json(run_folder, capsys):
+    assert main(["info", str(run_folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["steps"] == 4
+    assert main(["info"]) == 0
+    assert "keras" in json.loads(capsys.readouterr().out)
+
+
+def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text(" \n\n", "utf-8")
+    (tmp_path / "one.txt").write_text("春眠不觉晓，处处闻啼鸟。", "utf-8")
+    (tmp_path / "gbk.txt").write_bytes("春眠不觉晓".encode("gbk"))
+    (tmp_path / "folder").mkdir()
+    run, text = str(run_folder), str(corpus)
+    for arguments, part in [
+        (["train", str(tmp_path / "none.txt")], "There is no file or folder"),
+        (["train", str(tmp_path / "folder")], "holds no .txt or .jsonl file"),
+        (["train", str(tmp_path / "empty.txt")], "No text found"),
+        (["train", str(tmp_path / "one.txt")], "A split needs documents on both sides"),
+        (["train", str(tmp_path / "gbk.txt")], "must be UTF-8 text"),
+        (["train", text, "--context", "100000"], "one window needs context + 1 = 100001"),
+        (["train", text, "--vocab-size", "10"], "vocab_size must be over 259"),
+        (["train", text, "--valid-fraction", "2"], "valid_fraction must lie between 0 and 1"),
+        (["train", text, "--dropout", "1"], "dropout must lie"),
+        (["train", text, "--num-heads", "3"], "multiple of num_heads"),
+        (["train", text, "--model", "lstm", "--num-heads", "2"], "--num-heads is for"),
+        (["train", text, "--user-dict", "x"], "--user-dict is for --unit word"),
+        (["train", text, "--unit", "word", "--user-dict", "nofile"], "nofile"),
+        (["train", text, "--remove-stopwords", "nolist"], "Stopwords must be one of the lists cn, classical"),
+        (["train", text, "--out", run], "exists and is not empty"),
+        (["train", text, "--steps", "0"], "steps and validations must be at least 1"),
+        (["train", text, "--batch-size", "0"], "batch_size must be at least 1"),
+        (["evaluate", text, text], "is no run folder"),
+        (["evaluate", run, str(tmp_path / "none")], "There is no file or folder"),
+        (["generate", str(tmp_path)], "is no run folder"),
+        (["generate", run, "--temperature", "-1"], "temperature must be at least 0"),
+        (["generate", run, "--top-p", "0"], "top_p must be above 0"),
+        (["generate", run, "--num-samples", "0"], "--num-samples must be at least 1"),
+        (["info", str(tmp_path)], "is no run folder"),
+        (["demo", "--out", str(tmp_path / "x"), "--steps-fraction", "0"], "steps_fraction must be above 0"),
+    ]:
+        if arguments[0] == "train" and "--out" not in arguments:
+            arguments = [*arguments, "--out", str(tmp_path / "out")]
+        assert part in only_error(capsys, arguments), arguments
+    assert not (tmp_path / "out").exists()  # a mistake leaves no folder behind
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_unknown_option_value_is_a_usage_error(capsys):
+    for arguments in (["train", "x", "--model", "rnn"], ["train", "x", "--unit", "字"], ["nonsense"], []):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert "usage: aigc-tf" in capsys.readouterr().err
+
+
+def test_help_needs_no_tensorflow_and_names_every_command():
+    code = (
+        "import sys; from aigc_tf.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'tensorflow', 'keras'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in ("demo", "train", "evaluate", "generate", "info"):
+        assert f"\n    {command}" in done.stdout
+
+
+def test_the_form_of_a_quatrain():
+    assert is_quatrain("白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。")
+    assert is_quatrain("两个黄鹂鸣翠柳，一行白鹭上青天。\n窗含西岭千秋雪，门泊东吴万里船？")
+    for wrong in (
+        "白日依山尽，黄河入海流。",
+        "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼",
+        "白日依山尽，黄河入海流。\n欲穷千里目，更上一层。",
+        "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。",
+        "白日依山尽，黄河入海流。\n窗含西岭千秋雪，门泊东吴万里船。",
+    ):
+        assert not is_quatrain(wrong)
+
+
+@pytest.mark.slow
+def test_the_demo_tells_its_figures_and_keeps_its_runs(tmp_path):
+    lines = []
+    figures = run_demo(tmp_path, steps_fraction=0.01, show=lines.append)
+    text = "\n".join(lines)
+    for name in ("transformer", "lstm"):
+        assert read_run(tmp_path / name)["figures"] == figures[name]
+        assert f"{figures[name]['bits_per_char']:.2f}" in text
+        assert figures[name]["bits_per_char"] < figures["baselines"]["uniform"]
+    assert f"{figures['baselines']['frequency']:.2f}" in text
+    assert str(tmp_path) in text

@@ -1,0 +1,139 @@
+import csv
+import math
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+from aigc_tf import evaluate, make_dataset, train
+from aigc_tf.devices import keras
+from aigc_tf.training import _optimizer, _schedule
+
+T = 20
+
+
+def run(build, documents, tokenizer, **settings):
+    model = build(tokenizer.vocab_size, T, num_layers=1, dropout=settings.pop("dropout", 0.1))
+    data = make_dataset(documents, tokenizer, T, 4, seed=0)
+    settings = {"steps": 12, "validations": 3, "progress": False, **settings}
+    return model, train(model, data, tokenizer, documents[:10], **settings)
+
+
+def test_it_learns_documents_by_heart(build, documents, tokenizer):
+    few = documents[:6:3]  # alike up to the comma: the choice between them costs 1 bit, and nothing else should
+    context = len(few[0]) + 1  # a window a document
+    model = build(tokenizer.vocab_size, context, num_layers=1, hidden_dim=64, dropout=0.0)
+    data = make_dataset(few, tokenizer, context, 2, seed=0)
+    train(model, data, tokenizer, few, steps=200, learning_rate=1e-2, validations=1, progress=False)
+    figures = evaluate(model, tokenizer, few)
+    assert figures["bits_per_char"] * figures["chars"] == pytest.approx(2, abs=0.4)
+
+
+def test_the_same_seed_gives_the_same_history(build, documents, tokenizer):
+    (first, one), (second, two) = (run(build, documents, tokenizer) for _ in range(2))
+    for name in ("step", "loss", "bits_per_char", "learning_rate"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-6, err_msg=name)
+    for a, b in zip(first.trainable_weights, second.trainable_weights, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "validations", "at"), [(7, 3, [3, 6, 7]), (6, 2, [3, 6]), (2, 9, [1, 2])])
+def test_it_takes_exactly_the_steps_asked_for(build, documents, tokenizer, steps, validations, at):
+    model, history = run(build, documents, tokenizer, steps=steps, validations=validations)
+    assert history["step"] == at
+    assert int(model.optimizer.iterations) == steps
+    assert {len(values) for values in history.values()} == {len(at)}
+
+
+def test_the_best_weights_are_kept(build, documents, tokenizer):
+    # Trained on other text than it is validated on, a model gets worse after a while.
+    model = build(tokenizer.vocab_size, T, num_layers=1, hidden_dim=64, dropout=0.0)
+    data = make_dataset(documents[:3], tokenizer, T, 4, seed=0)
+    history = train(
+        model, data, tokenizer, documents[40:], steps=80, learning_rate=3e-2, validations=20, progress=False
+    )
+    best = min(history["bits_per_char"])
+    assert history["bits_per_char"][-1] > best + 0.1
+    assert evaluate(model, tokenizer, documents[40:])["bits_per_char"] == pytest.approx(best, rel=1e-5)
+
+
+def test_weight_decay_spares_biases_and_norms(build, tokenizer):
+    model = build(tokenizer.vocab_size, T)
+    for weight in model.trainable_weights:
+        weight.assign(np.ones(weight.shape))
+    optimizer = _optimizer(0.5, weight_decay=0.1, clip_norm=1.0)
+    optimizer.build(model.trainable_weights)
+    optimizer.apply([keras.ops.zeros(weight.shape) for weight in model.trainable_weights])
+    for weight in model.trainable_weights:
+        spared = weight.path.endswith(("bias", "beta", "gamma"))
+        np.testing.assert_allclose(np.asarray(weight), 1.0 if spared else 0.95, rtol=1e-6, err_msg=weight.path)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    optimizer = _optimizer(1.0, weight_decay=0.0, clip_norm=1.0)
+    clipped = optimizer._clip_gradients([keras.ops.full((2,), 30.0), keras.ops.full((2,), 40.0)])
+    norm = math.sqrt(sum(float(keras.ops.sum(g * g)) for g in clipped))
+    assert norm == pytest.approx(1.0, rel=1e-5)
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    rates = [float(_schedule(1e-2, 200)(step)) for step in range(200)]
+    assert rates[0] == 0.0
+    assert rates[10] == pytest.approx(1e-2)
+    assert (np.diff(rates[:11]) > 0).all()
+    assert (np.diff(rates[10:]) < 0).all()
+    assert rates[-1] == pytest.approx(1e-3, rel=0.02)
+
+
+def test_the_run_folder_has_logs_of_what_history_says(build, documents, tokenizer, tmp_path):
+    _, history = run(build, documents, tokenizer, run_dir=tmp_path / "run")
+    with open(tmp_path / "run" / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val_bits_per_char"]) for row in rows] == history["bits_per_char"]
+    assert [float(row["loss"]) for row in rows] == history["loss"]
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_the_training_loss_is_the_loss_of_the_batches(build, documents, tokenizer):
+    model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.0)
+    x, y = next(iter(make_dataset(documents, tokenizer, T, 4, seed=0)))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y.numpy(), model.predict_on_batch(x.numpy()))
+    _, history = run(build, documents, tokenizer, steps=1, validations=1, dropout=0.0)
+    assert history["loss"][0] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_ctrl_c_ends_early_and_keeps_what_was_learned(build, documents, tokenizer):
+    handler = signal.getsignal(signal.SIGINT)
+    model = build(tokenizer.vocab_size, T, num_layers=1)
+    data = make_dataset(documents, tokenizer, T, 4, seed=0)
+
+    threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    history = train(model, data, tokenizer, documents[:10], steps=1_000_000, validations=1, progress=False)
+    assert 1 <= history["step"][-1] < 1_000_000
+    assert evaluate(model, tokenizer, documents[:10])["bits_per_char"] == pytest.approx(
+        history["bits_per_char"][-1], rel=1e-5
+    )
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_progress_reads_well(build, documents, tokenizer, capsys):
+    run(build, documents, tokenizer, progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for step, line in zip((4, 8, 12), lines, strict=True):
+        assert line.startswith(f"step {step:2}/12  loss ")
+        assert "held-out bits/char" in line
+        assert "tokens/s" in line
+    assert lines[-1].endswith("0:00 left")
+
+
+def test_a_loss_that_is_no_number_stops_with_the_step(build, documents, tokenizer):
+    with pytest.raises(ValueError, match=r"The loss became (nan|inf) at step \d+ with a learning rate of"):
+        run(build, documents, tokenizer, learning_rate=1e38, steps=20)
+
+
+def test_wrong_settings_are_said(build, documents, tokenizer):
+    with pytest.raises(ValueError, match="at least 1, got 0 and 3"):
+        run(build, documents, tokenizer, steps=0)
