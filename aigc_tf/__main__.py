@@ -283,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins")
     generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to write at the most")
     generate.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="0 takes the likeliest token each time"
+        "--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token each time"
     )
     generate.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
     generate.add_argument(

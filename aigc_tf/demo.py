@@ -20,8 +20,8 @@ from .training import train
 # a few minutes of two cores.
 CONTEXT, BATCH_SIZE = 36, 16
 MODELS = {
-    "transformer": {"build": functools.partial(transformer, size="tiny"), "steps": 1600, "learning_rate": 4e-3},
-    "lstm": {"build": functools.partial(lstm, size="tiny"), "steps": 800, "learning_rate": 8e-3},
+    "transformer": {"build": functools.partial(transformer, size="tiny"), "steps": 1100, "learning_rate": 4e-3},
+    "lstm": {"build": functools.partial(lstm, size="tiny"), "steps": 500, "learning_rate": 8e-3},
 }
 _NUM_SAMPLES, _NUM_SHOWN = 100, 4
 
@@ -80,7 +80,7 @@ def run_demo(
             valid_poems,
             steps=steps,
             learning_rate=plan["learning_rate"],
-            validations=8,
+            validations=5,
             run_dir=Path(folder, name),
         )
         samples[name] = generate_batch(model, tokenizer, [""] * _NUM_SAMPLES, max_new_tokens=CONTEXT, seed=seed)

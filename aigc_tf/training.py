@@ -59,9 +59,11 @@ def train(
     check_vocabulary(model, tokenizer)
     if steps < 1 or validations < 1:
         raise ValueError(f"steps and validations must be at least 1, got {steps} and {validations}.")
+    if not valid_documents:
+        raise ValueError("Training needs at least one held-out document to choose the best weights by, got none.")
     steps_per_validation = math.ceil(steps / validations)
     schedule = _schedule(learning_rate, steps)
-    model.compile(_optimizer(schedule, weight_decay, clip_norm), _loss(), jit_compile=_jit_compile())
+    model.compile(_optimizer(schedule, weight_decay, clip_norm), _loss())
     tokens_per_step = math.prod(train_data.element_spec[0].shape)
     display = _Display() if progress else _NoDisplay()
     validation = _Validation(scorer(model), tokenizer, valid_documents, schedule, steps, tokens_per_step, display)
@@ -100,11 +102,6 @@ def _optimizer(schedule, weight_decay: float, clip_norm: float):
 
 def _loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-def _jit_compile() -> bool | str:
-    """Leave it to Keras, which compiles with XLA where that pays: not for TensorFlow on a CPU."""
-    return "auto"
 
 
 @contextlib.contextmanager

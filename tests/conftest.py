@@ -19,7 +19,7 @@ def tokenizer(documents):
     return Tokenizer.train(documents)
 
 
-@pytest.fixture(params=["lstm", "transformer"])
+@pytest.fixture(scope="session", params=["lstm", "transformer"])
 def build(request):
     """A function (vocab_size, context, **settings) -> tiny model, of each architecture in turn."""
     import aigc_tf
@@ -32,3 +32,13 @@ def build(request):
 
     build_tiny.architecture = request.param
     return build_tiny
+
+
+def message_of(error, function, *args, **kwargs):
+    """Return the message of the error that a call raises, which must be one line."""
+    with pytest.raises(error) as caught:
+        function(*args, **kwargs)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message

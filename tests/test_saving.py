@@ -8,7 +8,7 @@ from aigc_tf import Tokenizer, load, make_dataset, read_run, save, train
 from aigc_tf.devices import keras
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trained(build, documents, tokenizer):
     model = build(tokenizer.vocab_size, 8)
     data = make_dataset(documents, tokenizer, 8, 4, seed=0)

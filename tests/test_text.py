@@ -7,6 +7,7 @@ import random
 import re
 
 import pytest
+from conftest import message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,16 +30,6 @@ nasty = st.sampled_from(NEWLINES + BLANKS + INVISIBLE + PICTURES + VISIBLE)
 nasty_text = st.lists(nasty | st.characters(), max_size=20).map("".join)
 
 often = settings(max_examples=300, deadline=None)
-
-
-def message_of(error, function, *args, **kwargs):
-    """Return the message of the error that a call raises, which must be one line."""
-    with pytest.raises(error) as caught:
-        function(*args, **kwargs)
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 def write(path, content):

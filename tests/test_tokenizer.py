@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,16 +40,6 @@ def tokenizer(request):
 def any_ids(tokenizer):
     """Return a strategy for lists of ids that no text need have: half of them bytes."""
     return st.lists(st.integers(3, 258) | st.integers(0, tokenizer.vocab_size - 1))
-
-
-def message_of(error, function, *args, **kwargs):
-    """Return the message of the error that a call raises, which must be one line."""
-    with pytest.raises(error) as caught:
-        function(*args, **kwargs)
-    message = str(caught.value)
-    assert message
-    assert "\n" not in message
-    return message
 
 
 def same(a, b):
