@@ -80,7 +80,8 @@ def test_top_k_1_is_greedy_and_top_p_narrows(model, tokenizer):
 
 def test_it_stops_at_the_end_of_the_document(tokenizer):
     a, b, c = tokenizer.encode("白日依")
-    model = table_model(tokenizer, {tokenizer.BOS: a, a: b, b: c})
+    # After the end this model would begin anew.
+    model = table_model(tokenizer, {tokenizer.BOS: a, a: b, b: c, tokenizer.EOS: a})
     assert generate(model, tokenizer, max_new_tokens=50) == "白日依"
     assert generate(model, tokenizer, max_new_tokens=2) == "白日"
     assert generate(model, tokenizer, max_new_tokens=0) == ""
