@@ -77,7 +77,7 @@ def _train(options) -> None:
     if options.remove_stopwords:
         train_documents, share = remove_stopwords(train_documents, options.remove_stopwords)
         print(
-            f"stopwords: {share:.1%} of the words to learn from are gone, and the model can never write them; "
+            f"stopwords: {share:.1%} of the words to learn from are gone, and the model does not learn to write them; "
             "the held-out documents stay whole"
         )
     is_large = options.unit == "word" and num_chars > _WORD_CHARS_FOR_PROCESSES

@@ -1,6 +1,5 @@
 """The demo: both models on the Tang quatrains that ship with the package, measured and writing."""
 
-import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,8 @@ from .training import train
 # a few minutes of two cores.
 CONTEXT, BATCH_SIZE = 36, 16
 MODELS = {
-    "transformer": {"build": functools.partial(transformer, size="tiny"), "steps": 1100, "learning_rate": 4e-3},
-    "lstm": {"build": functools.partial(lstm, size="tiny"), "steps": 500, "learning_rate": 8e-3},
+    "transformer": {"build": transformer, "steps": 1100, "learning_rate": 4e-3},
+    "lstm": {"build": lstm, "steps": 500, "learning_rate": 8e-3},
 }
 _NUM_SAMPLES, _NUM_SHOWN = 100, 4
 

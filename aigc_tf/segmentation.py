@@ -136,8 +136,8 @@ def remove_stopwords(
 ) -> tuple[list[str], float]:
     """Take the stopwords out of documents, and say how much goes.
 
-    This is for analysis and for experiments. A language model trained on what is left can never write the
-    words that were taken out, negation among them.
+    This is for analysis and for experiments. A language model trained on what is left does not learn
+    to write the words that were taken out, negation among them.
 
     Args:
         documents: the documents.

@@ -138,3 +138,6 @@ def test_a_loss_that_is_no_number_stops_with_the_step(build, documents, tokenize
 def test_wrong_settings_are_said(build, documents, tokenizer):
     with pytest.raises(ValueError, match="at least 1, got 0 and 3"):
         run(build, documents, tokenizer, steps=0)
+    data = make_dataset(documents, tokenizer, T, 4, seed=0)
+    with pytest.raises(ValueError, match="at least one held-out document"):
+        train(build(tokenizer.vocab_size, T), data, tokenizer, [], steps=1)
