@@ -24,6 +24,7 @@ _PUBLIC = {
     "training": ("train",),
     "generation": ("generate", "generate_batch", "stream"),
     "saving": ("load", "read_run", "save"),
+    "pipeline": ("run_pipeline",),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

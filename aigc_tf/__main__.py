@@ -10,8 +10,6 @@ from pathlib import Path
 
 from . import __version__
 
-_WORD_CHARS_FOR_PROCESSES = 10_000_000
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
@@ -53,81 +51,23 @@ def _demo(options) -> None:
 
 
 def _train(options) -> None:
-    from . import models
-    from .dataset import make_dataset, make_store
-    from .devices import keras
-    from .evaluation import baselines, evaluate
-    from .saving import documents_sha256, save
-    from .segmentation import remove_stopwords
-    from .text import load_documents, split
-    from .tokenizer import Tokenizer
-    from .training import train
+    from .pipeline import run_pipeline
+    from .text import load_documents
 
-    if options.num_heads is not None and options.model != "transformer":
-        raise ValueError("--num-heads is for --model transformer: an LSTM has no attention heads.")
-    if options.user_dict and options.unit != "word":
-        raise ValueError("--user-dict is for --unit word: characters need no dictionary.")
-    documents = load_documents(options.paths, options.field)
-    num_chars = sum(map(len, documents))
-    train_documents, valid_documents = split(documents, options.valid_fraction)
-    print(
-        f"{len(documents):,} documents, {num_chars:,} characters: {len(train_documents):,} documents to learn "
-        f"from, {len(valid_documents):,} held out"
-    )
-    if options.remove_stopwords:
-        train_documents, share = remove_stopwords(train_documents, options.remove_stopwords)
-        print(
-            f"stopwords: {share:.1%} of the words to learn from are gone, and the model does not learn to write them; "
-            "the held-out documents stay whole"
-        )
-    is_large = options.unit == "word" and num_chars > _WORD_CHARS_FOR_PROCESSES
-    processes = os.cpu_count() or 1 if is_large else 1
-    tokenizer = Tokenizer.train(
-        train_documents, options.unit, options.vocab_size, user_dict=options.user_dict or (), processes=processes
-    )
-    ids = make_store(train_documents, tokenizer, processes=processes)
-    train_data = make_dataset(ids, tokenizer, options.context, options.batch_size, options.seed)
-    keras.config.set_dtype_policy(options.precision)
-    dimensions = {"num_layers": options.num_layers, "hidden_dim": options.hidden_dim}
-    if options.model == "transformer":
-        dimensions["num_heads"] = options.num_heads
-    build = getattr(models, options.model)
-    model = build(
-        tokenizer.vocab_size,
-        options.context,
-        options.size,
-        dropout=options.dropout,
-        seed=options.seed,
-        **dimensions,
-    )
     folder = _new_folder(options.out, f"{Path(options.paths[0]).stem}-{options.model}")
-    passes = options.steps * options.batch_size * options.context / len(ids)
-    print(
-        f"{model.name}: {model.count_params():,} parameters, a vocabulary of {tokenizer.vocab_size:,} tokens, "
-        f"{len(ids):,} tokens to learn from, seen {passes:.1f} times in {options.steps:,} steps"
-    )
-    history = train(
-        model,
-        train_data,
-        tokenizer,
-        valid_documents,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        validations=options.validations,
-        run_dir=folder,
-    )
-    figures = {**evaluate(model, tokenizer, valid_documents), "steps_done": history["step"][-1]}
-    settings = {name: value for name, value in vars(options).items() if name not in ("run", "command")}
-    data = {"documents": len(documents), "characters": num_chars, "sha256": documents_sha256(documents)}
-    save(folder, model, tokenizer, settings=settings, data=data, figures=figures)
-    if history["step"][-1] < options.steps:
-        print(f"stopped after {history['step'][-1]:.0f} of {options.steps} steps; what was learned is kept")
-    _print_figures({**figures, **_named_baselines(baselines(tokenizer, train_documents, valid_documents))})
+    run_pipeline(load_documents(options.paths, options.field), folder, **_pipeline_settings(options))
     print(f"kept in {folder}; write with it: aigc-tf generate {folder} ...")
+
+
+def _pipeline_settings(options) -> dict:
+    from .pipeline import SETTINGS
+
+    return {name: value for name, value in vars(options).items() if name in SETTINGS and value is not None}
 
 
 def _evaluate(options) -> None:
     from .evaluation import evaluate
+    from .pipeline import describe_figure
     from .saving import load, read_run
     from .text import load_documents, split
 
@@ -136,7 +76,8 @@ def _evaluate(options) -> None:
     if options.held_out:
         documents = split(documents, run.get("settings", {}).get("valid_fraction", 0.05))[1]
     model, tokenizer = load(options.folder)
-    _print_figures(evaluate(model, tokenizer, documents))
+    for name, value in evaluate(model, tokenizer, documents).items():
+        print(describe_figure(name, value))
 
 
 def _generate(options) -> None:
@@ -181,15 +122,6 @@ def _new_folder(name: str | None, default: str) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"{folder} exists and is not empty. Name another folder with --out.")
     return folder
-
-
-def _named_baselines(bits: dict[str, float]) -> dict[str, float]:
-    return {f"bits_per_char of {name}": value for name, value in bits.items()}
-
-
-def _print_figures(figures: dict[str, float]) -> None:
-    for name, value in figures.items():
-        print(f"{name:28}{value:14,.0f}" if value == int(value) else f"{name:28}{value:14,.4f}")
 
 
 class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -248,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--user-dict", metavar="FILE", help="a jieba user dictionary, for --unit word")
     train.add_argument(
         "--remove-stopwords",
+        dest="stopwords",
         metavar="LIST",
         help="take stopwords out of the text to learn from: cn, classical or a file (for experiments)",
     )
@@ -256,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int, default=16, metavar="B", help="windows in a step")
     train.add_argument("--steps", type=int, default=2000, metavar="N", help="training steps")
     train.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="the highest learning rate")
+    train.add_argument("--weight-decay", type=float, default=0.1, metavar="W", help="weight decay of AdamW")
     train.add_argument("--validations", type=int, default=10, metavar="N", help="evaluations on the held-out side")
     train.add_argument(
         "--precision",

@@ -10,6 +10,7 @@ import aigc_tf
 PACKAGE = Path(aigc_tf.__file__).parent
 
 # Each room may import the rooms named here, all of them above it.
+# fmt: off
 ALLOWED = {
     "files": set(),
     "text": {"files"},
@@ -23,7 +24,12 @@ ALLOWED = {
     "sampling": {"devices"},
     "generation": {"devices", "evaluation", "sampling", "tokenizer"},
     "saving": {"devices", "evaluation", "files", "tokenizer"},
+    "pipeline": {
+        "dataset", "devices", "evaluation", "generation", "models", "saving", "segmentation", "text", "tokenizer",
+        "training",
+    },
 }
+# fmt: on
 # The front doors and the demo put the rooms together.
 FREE = {"__init__", "__main__", "demo"}
 

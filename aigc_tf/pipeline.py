@@ -1,0 +1,202 @@
+"""The pipeline: run_pipeline(), the six steps from documents to a run folder in one call."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+
+from . import models
+from .dataset import make_dataset, make_store
+from .devices import keras
+from .evaluation import baselines, evaluate
+from .generation import generate
+from .saving import documents_sha256, save
+from .segmentation import as_user_dict, remove_stopwords
+from .text import split
+from .tokenizer import Tokenizer
+from .training import train
+
+_WORD_CHARS_FOR_PROCESSES = 10_000_000
+
+
+def run_pipeline(
+    documents: list[str],
+    folder,
+    *,
+    model: str = "transformer",
+    size: str = "tiny",
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+    hidden_dim: int | None = None,
+    dropout: float = 0.1,
+    unit: str = "char",
+    vocab_size: int | None = None,
+    user_dict=(),
+    stopwords: str | None = None,
+    valid_fraction: float = 0.05,
+    context: int = 128,
+    batch_size: int = 16,
+    steps: int = 2000,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.1,
+    validations: int = 10,
+    precision: str = "float32",
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Preprocess, build, initialise, train, evaluate, predict: from documents to a run folder.
+
+    `aigc-tf train` is this function, and `tune` calls it for each trial. Whoever wants to change a step
+    calls the functions it is made of instead: `split`, `Tokenizer.train`, `make_dataset`, `transformer` or
+    `lstm`, `train`, `evaluate`, `generate`, `save`.
+
+    Args:
+        documents: the documents, clean (see `load_documents`).
+        folder: the run folder to write; it appears when training begins.
+        model: "transformer" or "lstm".
+        size: the dimensions of the model, see `transformer` and `lstm`; the next three replace its own.
+        num_layers: the number of blocks or LSTM layers.
+        num_heads: the number of attention heads, of a Transformer only.
+        hidden_dim: the width.
+        dropout: see `transformer`.
+        unit: "char" or "word", see `Tokenizer.train`.
+        vocab_size: the largest vocabulary, see `Tokenizer.train`.
+        user_dict: a jieba user dictionary, its file or its lines, for `unit="word"`.
+        stopwords: a list to take out of the text to learn from, see `remove_stopwords`; for experiments.
+        valid_fraction: the share of held-out documents.
+        context: T, the tokens the model looks back.
+        batch_size: B, the windows in a step.
+        steps: the number of training steps.
+        learning_rate: see `train`.
+        weight_decay: see `train`.
+        validations: see `train`.
+        precision: the dtype policy, "float32", "mixed_bfloat16" or "mixed_float16".
+        seed: the seed of weights, dropout, order and the first text.
+        progress: show on standard output what happens.
+
+    Returns:
+        What `evaluate` tells of the held-out documents, and "steps_done". The run folder also holds the
+        settings, the baselines and a first text ("sample" in `run.json`).
+
+    Raises:
+        ValueError: a setting is out of range, or two do not go together.
+    """
+    given = locals()
+    settings = {name: given[name] for name in SETTINGS}
+    show = print if progress else _show_nothing
+    if num_heads is not None and model != "transformer":
+        raise ValueError("num_heads is for a Transformer: an LSTM has no attention heads.")
+    if user_dict and unit != "word":
+        raise ValueError('user_dict is for unit="word": characters need no dictionary.')
+    settings["user_dict"] = user_dict = as_user_dict(user_dict)
+
+    # 1. preprocess
+    num_chars = sum(map(len, documents))
+    train_documents, valid_documents = split(documents, valid_fraction)
+    show(
+        f"{len(documents):,} documents, {num_chars:,} characters: {len(train_documents):,} documents to learn "
+        f"from, {len(valid_documents):,} held out"
+    )
+    if stopwords:
+        train_documents, share = remove_stopwords(train_documents, stopwords)
+        show(
+            f"stopwords: {share:.1%} of the words to learn from are gone, and the model does not learn to write them; "
+            "the held-out documents stay whole"
+        )
+    is_large = unit == "word" and num_chars > _WORD_CHARS_FOR_PROCESSES
+    processes = os.cpu_count() or 1 if is_large else 1
+    tokenizer = Tokenizer.train(train_documents, unit, vocab_size, user_dict=user_dict, processes=processes)
+    ids = make_store(train_documents, tokenizer, processes=processes)
+    train_data = make_dataset(ids, tokenizer, context, batch_size, seed)
+
+    # 2. build, and 3. initialise: the seed draws the weights
+    heads = {"num_heads": num_heads} if model == "transformer" else {}
+    with _dtype_policy(precision):
+        language_model = _builder(model)(
+            tokenizer.vocab_size,
+            context,
+            size,
+            num_layers=num_layers,
+            hidden_dim=hidden_dim,
+            **heads,
+            dropout=dropout,
+            seed=seed,
+        )
+    passes = steps * batch_size * context / len(ids)
+    show(
+        f"{model}: {language_model.count_params():,} parameters, a vocabulary of {tokenizer.vocab_size:,} tokens, "
+        f"{len(ids):,} tokens to learn from, seen {passes:.1f} times in {steps:,} steps"
+    )
+
+    # 4. train
+    history = train(
+        language_model,
+        train_data,
+        tokenizer,
+        valid_documents,
+        steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        validations=validations,
+        run_dir=folder,
+        progress=progress,
+    )
+    steps_done = history["step"][-1]
+    if steps_done < steps:
+        show(f"stopped after {steps_done:.0f} of {steps} steps; what was learned is kept")
+
+    # 5. evaluate, beside simpler models
+    figures = {**evaluate(language_model, tokenizer, valid_documents), "steps_done": steps_done}
+    simpler = baselines(tokenizer, train_documents, valid_documents)
+    for name, value in {**figures, **{f"bits_per_char of {name}": bits for name, bits in simpler.items()}}.items():
+        show(describe_figure(name, value))
+
+    # 6. predict
+    sample = generate(language_model, tokenizer, max_new_tokens=context, seed=seed)
+    show(f"\n{sample}\n")
+    data = {"documents": len(documents), "characters": num_chars, "sha256": documents_sha256(documents)}
+    save(
+        folder,
+        language_model,
+        tokenizer,
+        settings=settings,
+        data=data,
+        figures=figures,
+        baselines=simpler,
+        sample=sample,
+    )
+    return figures
+
+
+# The settings of a run and their defaults, by name.
+SETTINGS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(run_pipeline).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name != "progress"
+}
+
+
+def describe_figure(name: str, value: float) -> str:
+    """Write one figure as a line of a table."""
+    return f"{name:28}{value:14,.0f}" if value == int(value) else f"{name:28}{value:14,.4f}"
+
+
+def _builder(model: str):
+    builders = {"transformer": models.transformer, "lstm": models.lstm}
+    if model not in builders:
+        raise ValueError(f"model must be one of {', '.join(builders)}, got {model!r}.")
+    return builders[model]
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    """Build layers under a dtype policy, which they keep."""
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(previous)
+
+
+def _show_nothing(line: str) -> None: ...
