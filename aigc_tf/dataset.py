@@ -114,7 +114,8 @@ def make_dataset(
 
     The documents stand in one row, `BOS document EOS BOS document EOS ...`. A window begins where a
     document begins, so that the positions of a model mean what they mean when it writes; the next one begins
-    with the first document that did not fit XX
+    with the first document that did not fit whole.
+
     With a seed the dataset is endless, for training with `steps_per_epoch`: each pass shuffles the windows
     anew, and batch i is a function of (seed, i) alone, so a run can go on at any step. Without one it is a
     single pass in order, of known length; windows that do not fill a batch are left out.
