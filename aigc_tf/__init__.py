@@ -16,15 +16,18 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "text": ("clean", "load_documents", "split"),
+    "corpora": ("load_corpus",),
     "segmentation": ("keywords", "load_stopwords", "load_user_dict", "remove_stopwords", "segment"),
     "tokenizer": ("Tokenizer",),
     "dataset": ("make_dataset", "make_store", "open_store"),
     "models": ("lstm", "transformer"),
+    "ngram": ("kneser_ney",),
     "evaluation": ("baselines", "evaluate"),
     "training": ("train",),
     "generation": ("generate", "generate_batch", "stream"),
-    "saving": ("load", "read_run", "save"),
+    "saving": ("load", "read_run", "save", "versions"),
     "pipeline": ("run_pipeline",),
+    "explanation": ("attention_html", "attention_maps", "surprisal", "surprisal_html"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

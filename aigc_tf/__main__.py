@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
         _demo,
         "train both models on the Tang poems that ship with the package, compare them, write poems",
         "Train an LSTM and a Transformer on 14,343 Tang quatrains, a few minutes on two cores; compare their "
-        "bits per character on held-out poems with two baselines; write poems with both.",
+        "bits per character on held-out poems with simpler models, an n-gram among them; write poems with both.",
     )
     demo.add_argument("--out", metavar="FOLDER", help="where to keep it: a new folder (default: runs/demo)")
     demo.add_argument("--seed", type=int, default=0, help="the seed of everything")

@@ -96,6 +96,7 @@ def _show_results(figures, samples, folder, show) -> None:
     show(f"\n{'bits per character on the held-out poems':42}{'well-formed of 100 poems written':>36}")
     show(f"  {'uniform over the vocabulary':26}{figures['baselines']['uniform']:12.2f}")
     show(f"  {'character frequencies':26}{figures['baselines']['frequency']:12.2f}")
+    show(f"  {'5-gram, Kneser-Ney':26}{figures['baselines']['5-gram']:12.2f}")
     for name in MODELS:
         share = round(100 * figures[name]["well_formed"])
         show(f"  {name:26}{figures[name]['bits_per_char']:12.2f}{share:26}")

@@ -14,12 +14,15 @@ PACKAGE = Path(aigc_tf.__file__).parent
 ALLOWED = {
     "files": set(),
     "text": {"files"},
+    "corpora": {"files", "text"},
     "segmentation": {"files"},
     "tokenizer": {"files", "segmentation"},
     "devices": set(),
     "dataset": {"devices", "files", "tokenizer"},
     "models": {"devices"},
-    "evaluation": {"devices", "tokenizer"},
+    "source": {"devices"},
+    "ngram": {"tokenizer"},
+    "evaluation": {"devices", "ngram", "tokenizer"},
     "training": {"devices", "evaluation", "tokenizer"},
     "sampling": {"devices"},
     "generation": {"devices", "evaluation", "sampling", "tokenizer"},
@@ -28,6 +31,7 @@ ALLOWED = {
         "dataset", "devices", "evaluation", "generation", "models", "saving", "segmentation", "text", "tokenizer",
         "training",
     },
+    "explanation": {"devices", "evaluation", "ngram", "tokenizer"},
 }
 # fmt: on
 # The front doors and the demo put the rooms together.

@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from aigc_tf import Tokenizer, baselines, evaluate
+from aigc_tf import Tokenizer, baselines, evaluate, evaluation
 from aigc_tf.devices import keras
 from aigc_tf.evaluation import _windows
+from aigc_tf.ngram import kneser_ney
 
 
 def uniform_model(vocab_size, context):
@@ -96,11 +97,52 @@ def test_the_frequency_baseline_by_hand():
     assert a != tokenizer.EOS
 
 
+def test_the_ngram_baseline_is_kneser_ney(documents, tokenizer):
+    bits = baselines(tokenizer, documents[:40], documents[40:])
+    assert list(bits) == ["uniform", "frequency", "5-gram"]
+    expected = evaluate(kneser_ney(documents[:40], tokenizer, order=5), tokenizer, documents[40:])
+    assert bits["5-gram"] == pytest.approx(expected["bits_per_char"])
+    assert bits["5-gram"] < bits["frequency"] < bits["uniform"]
+
+
+def test_of_very_much_text_the_ngram_baseline_counts_an_even_share(documents, tokenizer, monkeypatch):
+    whole = baselines(tokenizer, documents[:40], documents[40:])
+    num_tokens = sum(map(len, documents[:40])) + 2 * 40
+    monkeypatch.setattr(evaluation, "_BASELINE_TOKENS", num_tokens)
+    assert baselines(tokenizer, documents[:40], documents[40:]) == whole
+    monkeypatch.setattr(evaluation, "_BASELINE_TOKENS", num_tokens - 1)
+    half = baselines(tokenizer, documents[:40], documents[40:])
+    assert half["5-gram"] == pytest.approx(baselines(tokenizer, documents[:40:2], documents[40:])["5-gram"])
+    assert half["frequency"] == whole["frequency"]
+
+
+def test_an_ngram_model_gets_the_figures_of_a_keras_model(documents, tokenizer):
+    of_ngram = evaluate(kneser_ney(documents, tokenizer, order=2), tokenizer, documents)
+    of_keras = evaluate(uniform_model(tokenizer.vocab_size, 16), tokenizer, documents)
+    assert list(of_ngram) == list(of_keras)
+    for name in ("tokens", "chars", "documents", "tokens_per_char"):
+        assert of_ngram[name] == of_keras[name]
+    assert all(type(value) is float for value in of_ngram.values())
+
+
+def test_a_keras_model_with_the_ngrams_probabilities_gets_their_figures(documents, tokenizer):
+    ngram = kneser_ney(documents[:40], tokenizer, order=2)
+    model = bigram_model(tokenizer.vocab_size, 8)
+    log_p = ngram.predict_on_batch(np.arange(tokenizer.vocab_size)[:, None])[:, 0]
+    model.set_weights([np.maximum(log_p, -1e9)])
+    expected = evaluate(model, tokenizer, documents[40:])
+    assert evaluate(ngram, tokenizer, documents[40:]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_cannot_be_measured_is_said(tokenizer):
     model = uniform_model(tokenizer.vocab_size, 4)
     with pytest.raises(ValueError, match="at least one document, got none"):
         evaluate(model, tokenizer, [])
     with pytest.raises(ValueError, match="at least one document"):
         baselines(tokenizer, ["春"], [])
+    with pytest.raises(ValueError, match="got 0 and 1"):
+        baselines(tokenizer, [], ["春"])
+    with pytest.raises(ValueError, match="at least one document, got none"):
+        evaluate(kneser_ney(["春"], tokenizer), tokenizer, [])
     with pytest.raises(ValueError, match="same vocabulary size, got 5 and"):
         evaluate(uniform_model(5, 4), tokenizer, ["春"])
