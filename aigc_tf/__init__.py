@@ -26,7 +26,9 @@ _PUBLIC = {
     "training": ("train",),
     "generation": ("generate", "generate_batch", "stream"),
     "saving": ("load", "read_run", "save", "versions"),
+    "estimation": ("estimate", "memory_warning"),
     "pipeline": ("run_pipeline",),
+    "tuning": ("tune",),
     "explanation": ("attention_html", "attention_maps", "surprisal", "surprisal_html"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -1,4 +1,4 @@
-"""The commands: `aigc-tf demo | train | evaluate | generate | info`, also as `python -m aigc_tf`.
+"""The commands: `aigc-tf demo | train | estimate | tune | evaluate | generate | info`, also as `python -m aigc_tf`.
 
 Each is a thin layer over the Python functions of the same name.
 """
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 from . import __version__
+
+_CORPUS = "corpus:"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,11 +54,66 @@ def _demo(options) -> None:
 
 def _train(options) -> None:
     from .pipeline import run_pipeline
+
+    folder = _new_folder(options.out, f"{_stem(options)}-{options.model}")
+    run_pipeline(_documents(options), folder, **_pipeline_settings(options))
+    print(f"kept in {folder}; write with it: aigc-tf generate {folder} ...")
+
+
+def _stem(options) -> str:
+    return Path(options.paths[0].removeprefix(_CORPUS)).stem
+
+
+def _documents(options) -> list[str]:
+    """Load the files and the named corpora of a command."""
+    from .corpora import load_corpus
     from .text import load_documents
 
-    folder = _new_folder(options.out, f"{Path(options.paths[0]).stem}-{options.model}")
-    run_pipeline(load_documents(options.paths, options.field), folder, **_pipeline_settings(options))
-    print(f"kept in {folder}; write with it: aigc-tf generate {folder} ...")
+    files = [path for path in options.paths if not path.startswith(_CORPUS)]
+    documents = load_documents(files, options.field) if files else []
+    for path in options.paths:
+        if path.startswith(_CORPUS):
+            documents += load_corpus(path.removeprefix(_CORPUS))
+    return list(dict.fromkeys(documents))
+
+
+def _estimate(options) -> None:
+    from .estimation import describe, estimate, memory_warning
+    from .text import split
+    from .tokenizer import Tokenizer
+
+    documents = _documents(options)
+    train_documents, _ = split(documents, options.valid_fraction)
+    tokenizer = Tokenizer.train(train_documents, options.unit, options.vocab_size)
+    names = ("context", "batch_size", "steps", "num_layers", "num_heads", "hidden_dim", "precision")
+    settings = {"vocab_size": tokenizer.vocab_size, **{name: getattr(options, name) for name in names}}
+    if warning := memory_warning(options.model, options.size, **settings):
+        print(f"warning: {warning}")
+    figures = estimate(options.model, options.size, **settings, seconds=options.seconds, watts=options.watts)
+    print(describe(figures))
+    if "hours" in figures and "watts" not in figures:
+        print("kilowatt hours: this system does not tell its power; name it with --watts")
+
+
+def _tune(options) -> None:
+    from .tuning import DEFAULT_SPACE, describe_trials, parse_space, tune
+
+    space, fixed = parse_space(options.set)
+    space = space or {name: values for name, values in DEFAULT_SPACE.items() if name not in fixed}
+    if options.trials is None and options.minutes is None:
+        options.trials = 20
+    # Always the same folder, as the search goes on there.
+    folder = Path(options.out or Path("runs", f"{_stem(options)}-tune"))
+    trials = tune(
+        _documents(options),
+        folder,
+        space,
+        trials=options.trials,
+        minutes=options.minutes,
+        **{"seed": options.seed, **fixed},
+    )
+    print(describe_trials(trials))
+    print(f"the best is kept in {folder / 'best'}; write with it: aigc-tf generate {folder / 'best'} ...")
 
 
 def _pipeline_settings(options) -> dict:
@@ -69,10 +126,10 @@ def _evaluate(options) -> None:
     from .evaluation import evaluate
     from .pipeline import describe_figure
     from .saving import load, read_run
-    from .text import load_documents, split
+    from .text import split
 
     run = read_run(options.folder)
-    documents = load_documents(options.paths, options.field)
+    documents = _documents(options)
     if options.held_out:
         documents = split(documents, run.get("settings", {}).get("valid_fraction", 0.05))[1]
     model, tokenizer = load(options.folder)
@@ -164,19 +221,10 @@ def _parser() -> argparse.ArgumentParser:
         "Train a language model on text files, and keep it in a run folder with its tokenizer, its settings "
         "and its figures on held-out documents.",
     )
-    train.add_argument("paths", nargs="+", metavar="PATH", help="text files, or folders of .txt and .jsonl files")
-    _add_field(train)
+    _add_paths(train)
     train.add_argument("--out", metavar="FOLDER", help="a new folder for the run (default: one under runs/)")
-    train.add_argument("--model", choices=("transformer", "lstm"), default="transformer", help="the architecture")
-    train.add_argument("--size", choices=("tiny", "small", "base"), default="tiny", help="its dimensions")
-    train.add_argument("--num-layers", type=int, metavar="N", help="layers, instead of those of --size")
-    train.add_argument("--hidden-dim", type=int, metavar="N", help="width, instead of that of --size")
-    train.add_argument("--num-heads", type=int, metavar="N", help="attention heads, instead of those of --size")
+    _add_model(train)
     train.add_argument("--dropout", type=float, default=0.1, metavar="P", help="dropout in training")
-    train.add_argument("--unit", choices=("char", "word"), default="char", help="characters, or jieba words too")
-    train.add_argument(
-        "--vocab-size", type=int, metavar="N", help="the largest vocabulary (default: 6000 char, 20000 word)"
-    )
     train.add_argument("--user-dict", metavar="FILE", help="a jieba user dictionary, for --unit word")
     train.add_argument(
         "--remove-stopwords",
@@ -184,20 +232,46 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="take stopwords out of the text to learn from: cn, classical or a file (for experiments)",
     )
-    train.add_argument("--valid-fraction", type=float, default=0.05, metavar="F", help="share of held-out documents")
-    train.add_argument("--context", type=int, default=128, metavar="T", help="tokens the model looks back")
-    train.add_argument("--batch-size", type=int, default=16, metavar="B", help="windows in a step")
-    train.add_argument("--steps", type=int, default=2000, metavar="N", help="training steps")
     train.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="the highest learning rate")
     train.add_argument("--weight-decay", type=float, default=0.1, metavar="W", help="weight decay of AdamW")
     train.add_argument("--validations", type=int, default=10, metavar="N", help="evaluations on the held-out side")
-    train.add_argument(
-        "--precision",
-        choices=("float32", "mixed_bfloat16", "mixed_float16"),
-        default="float32",
-        help="the arithmetic; mixed_bfloat16 for GPUs, TPUs and CPUs that have it",
-    )
     train.add_argument("--seed", type=int, default=0, help="the seed of weights, dropout and order")
+
+    estimate = add(
+        "estimate",
+        _estimate,
+        "tell what a training would cost",
+        "Tell what a training would cost: parameters, FLOPs, memory, and after a few seconds of real training steps "
+        "on this device hours and kilowatt-hours. Takes the options of train that matter.",
+    )
+    _add_paths(estimate)
+    _add_model(estimate)
+    estimate.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S", help="how long to measure; 0 measures nothing"
+    )
+    estimate.add_argument(
+        "--watts", type=float, metavar="W", help="the power of this machine (default: read where the system tells)"
+    )
+
+    tune = add(
+        "tune",
+        _tune,
+        "search for settings that predict better",
+        "Search for the settings of train with the lowest bits per character on held-out documents. Called again, it "
+        "goes on where it was stopped. Needs the extra: pip install 'aigc_tf[tune]'.",
+    )
+    _add_paths(tune)
+    tune.add_argument("--out", metavar="FOLDER", help="the folder of the search (default: one under runs/)")
+    tune.add_argument("--trials", type=int, metavar="N", help="trials in all (default: 20, if --minutes is not given)")
+    tune.add_argument("--minutes", type=float, metavar="M", help="begin no trial after so many minutes")
+    tune.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="low..high to search a range, a,b,c a choice, one value to fix a setting of train; may be repeated",
+    )
+    tune.add_argument("--seed", type=int, default=0, help="the seed of the proposals and the runs")
 
     evaluate = add(
         "evaluate",
@@ -206,8 +280,7 @@ def _parser() -> argparse.ArgumentParser:
         "Measure how well a model predicts documents: bits per character, perplexity, tokens per character.",
     )
     evaluate.add_argument("folder", metavar="RUN", help="a run folder")
-    evaluate.add_argument("paths", nargs="+", metavar="PATH", help="text files, or folders")
-    _add_field(evaluate)
+    _add_paths(evaluate)
     evaluate.add_argument(
         "--held-out", action="store_true", help="only the documents that the run's own split holds out"
     )
@@ -233,8 +306,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_field(command) -> None:
+def _add_paths(command) -> None:
+    command.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="text files, folders of .txt and .jsonl files, or corpora by name: corpus:laws, corpus:sanguo, "
+        "corpus:tang_quatrains",
+    )
     command.add_argument("--field", default="text", metavar="NAME", help="the text's field in .jsonl records")
+
+
+def _add_model(command) -> None:
+    """Add what decides the size of a training."""
+    add = command.add_argument
+    add("--model", choices=("transformer", "lstm"), default="transformer", help="the architecture")
+    add("--size", choices=("tiny", "small", "base"), default="tiny", help="its dimensions")
+    add("--num-layers", type=int, metavar="N", help="layers, instead of those of --size")
+    add("--hidden-dim", type=int, metavar="N", help="width, instead of that of --size")
+    add("--num-heads", type=int, metavar="N", help="attention heads, instead of those of --size")
+    add("--unit", choices=("char", "word"), default="char", help="characters, or jieba words too")
+    add("--vocab-size", type=int, metavar="N", help="the largest vocabulary (default: 6000 char, 20000 word)")
+    add("--valid-fraction", type=float, default=0.05, metavar="F", help="share of held-out documents")
+    add("--context", type=int, default=128, metavar="T", help="tokens the model looks back")
+    add("--batch-size", type=int, default=16, metavar="B", help="windows in a step")
+    add("--steps", type=int, default=2000, metavar="N", help="training steps")
+    add(
+        "--precision",
+        choices=("float32", "mixed_bfloat16", "mixed_float16"),
+        default="float32",
+        help="the arithmetic; mixed_bfloat16 for GPUs, TPUs and CPUs that have it",
+    )
 
 
 if __name__ == "__main__":

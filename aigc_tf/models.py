@@ -199,6 +199,54 @@ def lstm(
     return keras.Model(ids, _logits(x), name="lstm")
 
 
+def build(
+    model: str,
+    vocab_size: int,
+    context: int,
+    size: str = "tiny",
+    *,
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+    hidden_dim: int | None = None,
+    dropout: float = 0.1,
+    precision: str = "float32",
+    seed: int = 0,
+) -> keras.Model:
+    """Build a model by the name of its architecture, as a command or a search names it.
+
+    Args:
+        model: "transformer" or "lstm"; the other settings are theirs.
+        vocab_size: V, the number of token ids.
+        context: T, the number of positions.
+        size: "tiny", "small" or "base"; the next three replace its dimensions.
+        num_layers: the number of blocks or LSTM layers.
+        num_heads: the number of attention heads, of a Transformer only.
+        hidden_dim: the width.
+        dropout: the share set to zero in training.
+        precision: the dtype policy of the layers, "float32", "mixed_bfloat16" or "mixed_float16".
+        seed: the seed of the weights and the dropout.
+
+    Returns:
+        A `keras.Model` from ids `int32 (B, T)` to logits `float32 (B, T, V)`.
+
+    Raises:
+        ValueError: `model` is unknown, a dimension does not fit, or an LSTM is given attention heads.
+    """
+    if model not in ("transformer", "lstm"):
+        raise ValueError(f"model must be one of transformer, lstm, got {model!r}.")
+    if num_heads is not None and model != "transformer":
+        raise ValueError("num_heads is for a Transformer: an LSTM has no attention heads.")
+    settings = {"num_layers": num_layers, "hidden_dim": hidden_dim, "dropout": dropout, "seed": seed}
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)  # layers keep the policy they are made under
+    try:
+        if model == "lstm":
+            return lstm(vocab_size, context, size, **settings)
+        return transformer(vocab_size, context, size, num_heads=num_heads, **settings)
+    finally:
+        keras.config.set_dtype_policy(previous)
+
+
 def _token_embedding(vocab_size: int, hidden_dim: int, initializer) -> layers.Layer:
     return layers.ReversibleEmbedding(
         vocab_size,

@@ -1,15 +1,13 @@
 """The pipeline: run_pipeline(), the six steps from documents to a run folder in one call."""
 
-import contextlib
 import inspect
 import os
-from collections.abc import Iterator
 
-from . import models
 from .dataset import make_dataset, make_store
-from .devices import keras
+from .estimation import memory_warning
 from .evaluation import baselines, evaluate
 from .generation import generate
+from .models import build
 from .saving import documents_sha256, save
 from .segmentation import as_user_dict, remove_stopwords
 from .text import split
@@ -84,8 +82,6 @@ def run_pipeline(
     given = locals()
     settings = {name: given[name] for name in SETTINGS}
     show = print if progress else _show_nothing
-    if num_heads is not None and model != "transformer":
-        raise ValueError("num_heads is for a Transformer: an LSTM has no attention heads.")
     if user_dict and unit != "word":
         raise ValueError('user_dict is for unit="word": characters need no dictionary.')
     settings["user_dict"] = user_dict = as_user_dict(user_dict)
@@ -109,19 +105,21 @@ def run_pipeline(
     ids = make_store(train_documents, tokenizer, processes=processes)
     train_data = make_dataset(ids, tokenizer, context, batch_size, seed)
 
+    dimensions = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim, "precision": precision}
+    sizes = {"vocab_size": tokenizer.vocab_size, "context": context, "batch_size": batch_size, "steps": steps}
+    if warning := memory_warning(model, size, **sizes, **dimensions):
+        show(f"warning: {warning}")
+
     # 2. build, and 3. initialise: the seed draws the weights
-    heads = {"num_heads": num_heads} if model == "transformer" else {}
-    with _dtype_policy(precision):
-        language_model = _builder(model)(
-            tokenizer.vocab_size,
-            context,
-            size,
-            num_layers=num_layers,
-            hidden_dim=hidden_dim,
-            **heads,
-            dropout=dropout,
-            seed=seed,
-        )
+    language_model = build(
+        model,
+        tokenizer.vocab_size,
+        context,
+        size,
+        **dimensions,
+        dropout=dropout,
+        seed=seed,
+    )
     passes = steps * batch_size * context / len(ids)
     show(
         f"{model}: {language_model.count_params():,} parameters, a vocabulary of {tokenizer.vocab_size:,} tokens, "
@@ -179,24 +177,6 @@ SETTINGS = {
 def describe_figure(name: str, value: float) -> str:
     """Write one figure as a line of a table."""
     return f"{name:28}{value:14,.0f}" if value == int(value) else f"{name:28}{value:14,.4f}"
-
-
-def _builder(model: str):
-    builders = {"transformer": models.transformer, "lstm": models.lstm}
-    if model not in builders:
-        raise ValueError(f"model must be one of {', '.join(builders)}, got {model!r}.")
-    return builders[model]
-
-
-@contextlib.contextmanager
-def _dtype_policy(name: str) -> Iterator[None]:
-    """Build layers under a dtype policy, which they keep."""
-    previous = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(previous)
 
 
 def _show_nothing(line: str) -> None: ...

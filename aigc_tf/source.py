@@ -96,6 +96,22 @@ class RNNCell(layers.Layer):
         }
 
 
+def rnn(units: int) -> layers.Layer:
+    """Make a layer of the article's recurrent network that gives its output at every step.
+
+    Args:
+        units: the size of the output.
+
+    Returns:
+        A `keras.layers.RNN` over a fresh `RNNCell`: inputs `float (B, T, D)` to outputs `(B, T, units)`.
+
+    Example:
+        >>> copy_accuracy(lambda: rnn(8), distance=1, steps=1) > 0
+        True
+    """
+    return layers.RNN(RNNCell(units), return_sequences=True)
+
+
 def copy_accuracy(
     make_layer: Callable[[], layers.Layer], distance: int, *, num_symbols: int = 8, steps: int = 200, seed: int = 0
 ) -> float:

@@ -62,8 +62,7 @@ def train(
     if not valid_documents:
         raise ValueError("Training needs at least one held-out document to choose the best weights by, got none.")
     steps_per_validation = math.ceil(steps / validations)
-    schedule = _schedule(learning_rate, steps)
-    model.compile(_optimizer(schedule, weight_decay, clip_norm), _loss())
+    schedule = compile_model(model, steps, learning_rate, weight_decay, clip_norm)
     tokens_per_step = math.prod(train_data.element_spec[0].shape)
     display = _Display() if progress else _NoDisplay()
     validation = _Validation(scorer(model), tokenizer, valid_documents, schedule, steps, tokens_per_step, display)
@@ -84,6 +83,15 @@ def train(
             verbose=0,
         )
     return validation.history
+
+
+def compile_model(
+    model: keras.Model, steps: int, learning_rate: float = 1e-3, weight_decay: float = 0.1, clip_norm: float = 1.0
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Give a model the loss and the optimizer that `train` uses, and return the schedule of its learning rate."""
+    schedule = _schedule(learning_rate, steps)
+    model.compile(_optimizer(schedule, weight_decay, clip_norm), _loss())
+    return schedule
 
 
 def _schedule(learning_rate: float, steps: int):

@@ -27,10 +27,12 @@ ALLOWED = {
     "sampling": {"devices"},
     "generation": {"devices", "evaluation", "sampling", "tokenizer"},
     "saving": {"devices", "evaluation", "files", "tokenizer"},
+    "estimation": {"devices", "models", "training"},
     "pipeline": {
-        "dataset", "devices", "evaluation", "generation", "models", "saving", "segmentation", "text", "tokenizer",
+        "dataset", "estimation", "evaluation", "generation", "models", "saving", "segmentation", "text", "tokenizer",
         "training",
     },
+    "tuning": {"devices", "files", "pipeline", "saving"},
     "explanation": {"devices", "evaluation", "ngram", "tokenizer"},
 }
 # fmt: on

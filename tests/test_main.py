@@ -87,6 +87,30 @@ def test_evaluate_repeats_the_figures_of_the_run(run_folder, corpus, capsys):
     assert re.search(r"documents +56\n", capsys.readouterr().out)
 
 
+def test_estimate_tells_costs_and_the_way_to_power(corpus, capsys):
+    small = "--num-layers 1 --hidden-dim 16 --context 16 --steps 60 --valid-fraction 0.2".split()
+    assert main(["estimate", str(corpus), *small, "--seconds", "0.2", "--watts", "50"]) == 0
+    out = capsys.readouterr().out
+    for name in ("parameters", "peak memory", "hours", "kilowatt hours"):
+        assert re.search(rf"^{name} +\S", out, re.MULTILINE), name
+    assert main(["estimate", str(corpus), "--size", "base", "--batch-size", "100000", "--seconds", "0"]) == 0
+    assert "warning: This training needs about" in capsys.readouterr().out
+
+
+def test_tune_finds_the_better_setting_and_keeps_its_run(corpus, tmp_path, capsys):
+    small = "steps=3 context=16 num_layers=1 hidden_dim=16 validations=1 valid_fraction=0.2".split()
+    settings = [part for text in ["learning_rate=1e-9,1e-2", *small] for part in ("--set", text)]
+    assert main(["tune", str(corpus), "--out", str(tmp_path / "search"), "--trials", "2", *settings]) == 0
+    out = capsys.readouterr().out
+    assert "trial 2/2" in out
+    assert read_run(tmp_path / "search" / "best")["settings"]["learning_rate"] == 1e-2
+    assert "holds no trials.json" in only_error(capsys, ["tune", str(corpus), "--out", str(corpus), "--trials", "1"])
+
+
+def test_a_corpus_can_be_named(run_folder, capsys):
+    assert "A corpus must be one of" in only_error(capsys, ["evaluate", str(run_folder), "corpus:none"])
+
+
 def test_generate_repeats_itself_with_a_seed(run_folder, capsys):
     texts = []
     for _ in range(2):
@@ -126,7 +150,7 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["train", text, "--unit", "word", "--user-dict", "nofile"], "nofile"),
         (["train", text, "--remove-stopwords", "nolist"], "Stopwords must be one of the lists cn, classical"),
         (["train", text, "--out", run], "exists and is not empty"),
-        (["train", text, "--steps", "0"], "steps and validations must be at least 1"),
+        (["train", text, "--steps", "0"], "steps must be at least 1"),
         (["train", text, "--batch-size", "0"], "batch_size must be at least 1"),
         (["evaluate", text, text], "is no run folder"),
         (["evaluate", run, str(tmp_path / "none")], "There is no file or folder"),
@@ -159,7 +183,7 @@ def test_help_needs_no_tensorflow_and_names_every_command():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0
-    for command in ("demo", "train", "evaluate", "generate", "info"):
+    for command in ("demo", "train", "estimate", "tune", "evaluate", "generate", "info"):
         assert f"\n    {command}" in done.stdout
 
 

@@ -1,0 +1,342 @@
+"""Estimation: estimate(), what a model costs before it is trained: memory, hours, electricity."""
+
+import math
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+
+from .devices import keras, tf
+from .models import LSTM_SIZES, TRANSFORMER_SIZES, build
+from .training import compile_model
+
+_WARMUP_STEPS = 3  # the first compiles, the next two still warm up
+# What TensorFlow takes beside the arrays of a training step, on a CPU: measured with models of 1 to 4 layers.
+_GRAPH_BYTES, _GRAPH_BYTES_PER_LAYER = 80e6, 50e6
+_POWERCAP = Path("/sys/class/powercap")
+
+
+def estimate(
+    model: str = "transformer",
+    size: str = "tiny",
+    *,
+    vocab_size: int,
+    context: int,
+    batch_size: int,
+    steps: int,
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+    hidden_dim: int | None = None,
+    precision: str = "float32",
+    seconds: float = 10.0,
+    watts: float | None = None,
+) -> dict[str, float]:
+    """Estimate what a training costs: parameters, FLOPs, memory, and after a short measurement time and energy.
+
+    All but time and energy are formulas; no model is built for them, so they also tell of a model that no
+    machine here could hold. For time, real training steps of this very model run on this device for about
+    `seconds`, unless it does not fit. Memory is that of the whole process, Python and TensorFlow among it. Its
+    formulas were fitted to TensorFlow on a CPU, and hold there within 20 percent; JAX was not measured.
+
+    Args:
+        model: "transformer" or "lstm".
+        size: "tiny", "small" or "base"; `num_layers`, `num_heads` and `hidden_dim` replace its dimensions.
+        vocab_size: V, the number of token ids.
+        context: T, the tokens in a window.
+        batch_size: B, the windows in a step.
+        steps: the number of training steps.
+        num_layers: see `transformer` and `lstm`.
+        num_heads: see `transformer`.
+        hidden_dim: see `transformer` and `lstm`.
+        precision: "float32", "mixed_bfloat16" or "mixed_float16".
+        seconds: how long to measure; 0 measures nothing.
+        watts: the power that the machine draws while it trains; by default it is read where the system
+            tells (RAPL counters of the processor, `nvidia-smi` of a GPU).
+
+    Returns:
+        `dict[str, float]`: "parameters"; "forward_flops_per_token", "train_flops_per_token" (three times as
+        many) and "train_flops" of all steps; in bytes "weights_bytes", "gradients_bytes", "optimizer_bytes"
+        (AdamW's two moments), "activations_bytes" (kept for the backward pass, logits among them),
+        "overhead_bytes" (temporaries, graph, allocator), "runtime_bytes" (this process as it is now), their
+        sum "peak_memory_bytes", "generation_bytes_per_text" (KV cache or LSTM state), and
+        "available_memory_bytes". If measured: "step_seconds" (the median), "tokens_per_second", "hours"; and
+        if power is known: "watts", "kilowatt_hours".
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> figures = estimate(
+        ...     "transformer", "base", vocab_size=50_257, context=1024, batch_size=8, steps=1000, seconds=0
+        ... )
+        >>> figures["parameters"], round(figures["train_flops"] / 1e15)
+        (124439808.0, 7)
+
+    Source:
+        Operations are counted as in J. Kaplan et al., "Scaling laws for neural language models" (2020): two for
+        each weight of a matrix product, and the backward pass twice the forward one; to that come the products
+        of attention and of the head.
+    """
+    numbers = {"vocab_size": vocab_size, "context": context, "batch_size": batch_size, "steps": steps}
+    for name, value in {**numbers, **_dimensions(model, size, num_layers, num_heads, hidden_dim)}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if precision not in ("float32", "mixed_bfloat16", "mixed_float16"):
+        raise ValueError(f"precision must be float32, mixed_bfloat16 or mixed_float16, got {precision!r}.")
+    if not seconds >= 0 or (watts is not None and not watts > 0):
+        raise ValueError(f"seconds must be at least 0 and watts above 0, got {seconds} and {watts}.")
+    dimensions = _dimensions(model, size, num_layers, num_heads, hidden_dim)
+    count = _count_transformer if model == "transformer" else _count_lstm
+    parameters, flops, activations, temporaries, cache = count(
+        vocab_size, context, batch_size, bytes_per_float=4 if precision == "float32" else 2, **dimensions
+    )
+    figures = {
+        "parameters": parameters,
+        "forward_flops_per_token": flops,
+        "train_flops_per_token": 3 * flops,
+        "train_flops": 3 * flops * steps * batch_size * context,
+        "weights_bytes": 4 * parameters,
+        "gradients_bytes": 4 * parameters,
+        "optimizer_bytes": 8 * parameters,
+        "activations_bytes": activations,
+        # The best weights so far, and of each matrix a copy while its gradient is clipped or applied.
+        "overhead_bytes": _GRAPH_BYTES
+        + _GRAPH_BYTES_PER_LAYER * dimensions["num_layers"]
+        + 12 * parameters
+        + 0.2 * activations
+        + temporaries,
+        "runtime_bytes": _process_bytes(),
+    }
+    figures["peak_memory_bytes"] = sum(value for name, value in figures.items() if name.endswith("_bytes"))
+    figures["generation_bytes_per_text"] = cache
+    figures["available_memory_bytes"] = _available_bytes()
+    if seconds and _fits(figures):
+        settings = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim, "precision": precision}
+        built = build(model, vocab_size, context, size, **settings)
+        step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, seconds)
+        del built
+        keras.backend.clear_session()
+        figures["step_seconds"] = step_seconds
+        figures["tokens_per_second"] = batch_size * context / step_seconds
+        figures["hours"] = step_seconds * steps / 3600
+        watts = read_watts if watts is None else watts
+        if watts is not None:
+            figures["watts"], figures["kilowatt_hours"] = watts, figures["hours"] * watts / 1000
+    return {name: float(value) for name, value in figures.items()}
+
+
+def memory_warning(model: str = "transformer", size: str = "tiny", *, batch_size: int, context: int, **settings) -> str:
+    """Say whether a training does not fit into the memory of this device, and what would make it fit.
+
+    Args:
+        model: see `estimate`.
+        size: see `estimate`.
+        batch_size: see `estimate`.
+        context: see `estimate`.
+        **settings: the other settings of `estimate`.
+
+    Returns:
+        `str`, one sentence; empty if it fits.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> memory_warning("transformer", "tiny", vocab_size=6000, context=36, batch_size=16, steps=1)
+        ''
+    """
+    settings = {**settings, "seconds": 0}
+    figures = estimate(model, size, batch_size=batch_size, context=context, **settings)
+    if _fits(figures):
+        return ""
+    needed, available = figures["peak_memory_bytes"], figures["available_memory_bytes"] + figures["runtime_bytes"]
+    problem = f"This training needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
+    smaller_batches = [batch_size >> k for k in range(1, batch_size.bit_length())]
+    changes = [({"batch_size": b}, f"batch_size {b}") for b in smaller_batches]
+    changes += [
+        ({"batch_size": 1, "context": c}, f"batch_size 1 and context {c}") for c in (context // 2, context // 4) if c
+    ]
+    sizes = ("small", "tiny") if size == "base" else ("tiny",)
+    for other in sizes:
+        changes += [({"size": other, "num_layers": None, "num_heads": None, "hidden_dim": None}, f"size {other}")]
+        changes += [
+            ({"size": other, "num_layers": None, "num_heads": None, "hidden_dim": None, "batch_size": b},
+             f"size {other} and batch_size {b}")
+            for b in smaller_batches
+        ]  # fmt: skip
+    for change, words in changes:
+        given = {"model": model, "size": size, "batch_size": batch_size, "context": context, **settings, **change}
+        if _fits(estimate(**given)):
+            return f"{problem}. It would fit with {words}."
+    return f"{problem}. No smaller batch, context or size of this vocabulary fits: use a machine with more memory."
+
+
+def describe(figures: dict[str, float]) -> str:
+    """Write the figures of `estimate` as lines of a table, in units that can be read.
+
+    Example:
+        >>> print(describe({"parameters": 1.11e6, "weights_bytes": 4.44e6, "hours": 0.05, "watts": 65.0}))
+        parameters                       1.11 M
+        weights                         4.44 MB
+        hours                              0.05
+        watts                                65
+    """
+    lines = []
+    for name, value in figures.items():
+        label = name.replace("_bytes", "").replace("_", " ")
+        if "bytes" in name:
+            text = f"{_scaled(value)}B"
+        elif name in ("parameters", "tokens_per_second") or "flops" in name:
+            text = _scaled(value)
+        else:
+            text = f"{value:.3g}"
+        lines.append(f"{label:28}{text.strip():>11}")
+    return "\n".join(lines)
+
+
+def _scaled(value: float) -> str:
+    power = min(int(math.log10(max(value, 1)) // 3), 6)
+    return f"{value / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}"
+
+
+def _dimensions(model: str, size: str, num_layers, num_heads, hidden_dim) -> dict[str, int]:
+    sizes = {"transformer": TRANSFORMER_SIZES, "lstm": LSTM_SIZES}
+    if model not in sizes:
+        raise ValueError(f"model must be one of transformer, lstm, got {model!r}.")
+    if size not in sizes[model]:
+        raise ValueError(f"size must be one of {', '.join(sizes[model])}, got {size!r}.")
+    if num_heads is not None and model == "lstm":
+        raise ValueError("num_heads is for a Transformer: an LSTM has no attention heads.")
+    given = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
+    if model == "lstm" and hidden_dim is not None:
+        given["embedding_dim"] = hidden_dim // 2
+    return {**sizes[model][size], **{name: value for name, value in given.items() if value is not None}}
+
+
+# Of the next two, activations and temporaries are those that TensorFlow was seen to hold at the peak of a training step
+# on a CPU, by the sizes of what it had allocated: so many arrays of each shape.
+
+
+def _count_transformer(vocab, context, batch, bytes_per_float, num_layers, num_heads, hidden_dim):
+    v, t, d, m, f = vocab, context, hidden_dim, 4 * hidden_dim, bytes_per_float
+    parameters = (v + t) * d + num_layers * (4 * d * d + 2 * d * m + 9 * d + m) + 2 * d
+    flops = num_layers * (2 * (4 * d * d + 2 * d * m) + 4 * t * d) + 2 * v * d
+    # Expanded, GELU and its parts; norms, projections, residuals and dropout masks; scores before and after softmax.
+    wide, narrow, scores = 5 * m * f, d * (42 if f == 4 else 35), num_heads * t * (2 * f + 1)
+    activations = batch * t * (num_layers * (wide + narrow + scores) + 16 * d + v * _logit_bytes(f))
+    return parameters, flops, activations, 0, 2 * num_layers * t * d * f
+
+
+def _count_lstm(vocab, context, batch, bytes_per_float, num_layers, hidden_dim, embedding_dim):
+    v, t, d, e, f = vocab, context, hidden_dim, embedding_dim, bytes_per_float
+    widths_in = [e] + [d] * (num_layers - 1)
+    project = 0 if e == d else d * e
+    parameters = v * e + sum(4 * d * (w + d + 1) for w in widths_in) + (project + e if project else 0)
+    flops = sum(8 * d * (w + d) for w in widths_in) + 2 * project + 2 * v * e
+    activations = batch * t * (num_layers * 8 * d * f + 5 * e * f + v * _logit_bytes(f))
+    # The loop over time goes back over several steps at once, each with gradients of its own for the kernels.
+    temporaries = 16 * 4 * d * (widths_in[-1] + d) * 4
+    return parameters, flops, activations, temporaries, 2 * num_layers * d * f
+
+
+def _logit_bytes(bytes_per_float: int) -> int:
+    """Of each logit: in float32 one array, in mixed precision that and what it was cast from and to."""
+    return 4 if bytes_per_float == 4 else 10
+
+
+def _fits(figures: dict[str, float]) -> bool:
+    return figures["peak_memory_bytes"] - figures["runtime_bytes"] <= figures["available_memory_bytes"]
+
+
+def _measure(model, vocab_size: int, context: int, batch_size: int, seconds: float) -> tuple[float, float | None]:
+    """Run training steps on random ids: their median time, and the power read meanwhile."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, (batch_size, context + 1), dtype=np.int32)
+    data = tf.data.Dataset.from_tensors((ids[:, :-1], ids[:, 1:])).repeat()
+    compile_model(model, steps=1_000_000)
+    timer = _Timer(seconds)
+    model.fit(data, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
+    return statistics.median(timer.step_seconds), timer.watts
+
+
+class _Timer(keras.callbacks.Callback):
+    """Time steps after the first few, and stop when the time is over."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds, self.step_seconds, self.num_steps, self.watts = seconds, [], 0, None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        now = time.perf_counter()
+        if self.num_steps == _WARMUP_STEPS:
+            self.began, self.joules = now, processor_joules()
+        elif self.num_steps > _WARMUP_STEPS:
+            self.step_seconds.append(now - self.last)
+            if now - self.began >= self.seconds:
+                self._read_power(now - self.began)
+                self.model.stop_training = True
+        self.num_steps, self.last = self.num_steps + 1, now
+
+    def _read_power(self, seconds: float) -> None:
+        joules = processor_joules()
+        if joules is not None and self.joules is not None and joules > self.joules:
+            self.watts = (joules - self.joules) / seconds
+        if _uses_gpu() and (reading := _nvidia_smi("power.draw")) is not None:
+            self.watts = (self.watts or 0.0) + reading
+
+
+def processor_joules(folder: Path = _POWERCAP) -> float | None:
+    """Read the energy counters of the processors (Linux RAPL), None where there are none or they may not be read."""
+    try:
+        # intel-rapl:0 is a whole processor, intel-rapl:0:0 a part of it.
+        counters = [p / "energy_uj" for p in folder.glob("intel-rapl:*") if p.name.count(":") == 1]
+        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
+    except (OSError, ValueError):
+        return None
+
+
+def _uses_gpu() -> bool:
+    if keras.backend.backend() == "jax":
+        # Asked for GPUs alone, JAX raises an error where there are none.
+        return any(name.startswith(("gpu", "cuda")) for name in keras.distribution.list_devices())
+    return bool(tf.config.list_logical_devices("GPU"))
+
+
+def _nvidia_smi(field: str) -> float | None:
+    """Ask NVIDIA's tool for one figure, summed over the GPUs."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"], capture_output=True, text=True
+    )
+    try:
+        return sum(float(line) for line in done.stdout.split("\n") if line.strip())
+    except ValueError:
+        return None
+
+
+def _available_bytes() -> float:
+    """Find how much memory is free on the device: that of a GPU in use, or of the machine."""
+    if _uses_gpu() and (mebibytes := _nvidia_smi("memory.free")) is not None:
+        return mebibytes * 2**20
+    free = _kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        free = min(free, limit - used)
+    except (OSError, ValueError):  # no limit
+        return free
+    return free
+
+
+def _process_bytes() -> float:
+    return _kilobytes(Path("/proc/self/status"), "VmRSS") * 1024
+
+
+def _kilobytes(file: Path, field: str) -> float:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        raise ValueError(f"Memory is read from {file}, which only Linux has.") from None
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

@@ -1,0 +1,393 @@
+"""Tuning: tune(), the search for the settings that predict held-out documents best."""
+
+import gc
+import json
+import math
+import os
+import random
+import shutil
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+from .devices import keras, tf
+from .files import write_json
+from .pipeline import SETTINGS, run_pipeline
+from .saving import documents_sha256
+
+# What `aigc-tf tune` searches when it is told nothing else.
+DEFAULT_SPACE = {
+    "model": ["transformer", "lstm"],
+    "learning_rate": (1e-3, 1e-2),
+    "hidden_dim": [64, 128, 256],
+    "dropout": [0.0, 0.1, 0.2],
+    "batch_size": [8, 16, 32],
+}
+
+_TRIALS, _BEST = "trials.json", "best"
+_RANDOM_TRIALS = 5  # before the Gaussian process is asked
+_TYPES = {name: int if default is None else type(default) for name, default in SETTINGS.items()}
+_TYPES |= {"user_dict": str, "stopwords": str}
+
+
+def tune(
+    documents: list[str],
+    folder,
+    space: dict[str, list | tuple],
+    *,
+    trials: int | None = None,
+    minutes: float | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **fixed,
+) -> list[dict]:
+    """Search for the settings of `run_pipeline` with the lowest bits per character on held-out documents.
+
+    Each trial is a whole run with settings proposed by KerasTuner's Bayesian optimisation: the first few
+    are drawn at random, then a Gaussian process over all trials so far proposes where the figure may be
+    lowest. Settings are not tried twice; when none are left, the search ends.
+
+    Called again on the same folder, the search goes on after the last finished trial, however it ended.
+    A trial whose settings do not go together, that runs out of memory or diverges is recorded as failed,
+    and the search goes on. Ctrl-C gives up the trial in hand and keeps those before. The figure of the best
+    of many trials is a little too good, as it was chosen by the same documents that measured it.
+
+    Args:
+        documents: the documents, clean (see `load_documents`); the same part is held out in each trial.
+        folder: a new folder or that of an earlier call. It gets `trials.json` and, as `best/`, the run
+            folder of the best trial; the run folders of the other trials are deleted.
+        space: a setting's name to a list, of which one value is chosen, or to a tuple (low, high), a range:
+            of integers, or of floats, on a logarithmic scale if low is above 0.
+        trials: how many trials to have in the end, those of earlier calls among them.
+        minutes: begin no further trial after that time, counted anew in each call. The first always begins.
+        seed: the seed of the proposals, and of each run.
+        progress: print a line a trial on standard output.
+        **fixed: settings that are the same in all trials.
+
+    Returns:
+        One dict a trial, best first and failed last: "trial" (int, from 1), "settings" (those searched;
+        without "num_heads" where the model searched is an LSTM), "bits_per_char" (float, None if failed),
+        "seconds" (float), "error" (str, None if it went well).
+
+    Raises:
+        ValueError: the space or the budget is wrong, the folder belongs to another search, KerasTuner is
+            missing, or all trials failed.
+        KeyboardInterrupt: Ctrl-C.
+
+    Source:
+        Snoek, Larochelle and Adams, "Practical Bayesian Optimization of Machine Learning Algorithms", 2012.
+    """
+    space = _check_space(space, fixed)
+    if trials is None and minutes is None:
+        raise ValueError("A search needs an end: give trials, minutes or both.")
+    if trials is not None and trials < 1:
+        raise ValueError(f"trials must be at least 1, got {trials}.")
+    if minutes is not None and not minutes > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes}.")
+    _keras_tuner()
+    folder = Path(folder)
+    search = {
+        "documents": documents_sha256(documents),
+        "space": {name: list(v) if isinstance(v, list) else {"low": v[0], "high": v[1]} for name, v in space.items()},
+        "fixed": fixed,
+        "seed": seed,
+    }
+    # As JSON has it, to compare with what was read. str is for paths.
+    search = json.loads(json.dumps(search, ensure_ascii=False, default=str))
+    records = _read_records(folder, search)
+    _keep_best(folder, records)
+    show = print if progress else _show_nothing
+    if records:
+        show(f"{len(records)} trials of an earlier call are kept in {folder}", flush=True)
+
+    began = time.monotonic()
+    while trials is None or len(records) < trials:
+        settings = _propose(space, records, seed)
+        if settings is None:
+            show("all there is to try has been tried", flush=True)
+            break
+        records.append(_run_trial(documents, folder, len(records) + 1, settings, {"seed": seed, **fixed}))
+        write_json(folder / _TRIALS, {**search, "trials": records})
+        _keep_best(folder, records)
+        show(_progress_line(records, trials), flush=True)
+        if minutes is not None and time.monotonic() - began >= 60 * minutes:
+            break
+    if _best(records) is None:
+        raise ValueError(
+            f"All {len(records)} trials failed, the last one so: {records[-1]['error']} "
+            "Search another space, in another folder."
+        )
+    return sorted(records, key=_rank)
+
+
+def describe_trials(trials: list[dict]) -> str:
+    """Write the trials of `tune` as a table, best first, one line a trial.
+
+    Example:
+        >>> trial = {"trial": 1, "settings": {"dropout": 0.1}, "bits_per_char": 7.5, "seconds": 61.2, "error": None}
+        >>> print(describe_trials([trial]))
+        trial  bits/char  seconds  settings
+            1     7.5000       61  dropout 0.1
+    """
+    lines = ["trial  bits/char  seconds  settings"]
+    for record in sorted(trials, key=_rank):
+        bits = "failed" if record["error"] else f"{record['bits_per_char']:.4f}"
+        reason = f": {record['error']}" if record["error"] else ""
+        settings = _describe_settings(record["settings"])
+        lines.append(f"{record['trial']:>5}  {bits:>9}  {record['seconds']:7.0f}  {settings}{reason}")
+    return "\n".join(lines)
+
+
+def parse_space(texts: list[str]) -> tuple[dict[str, list | tuple], dict]:
+    """Read what to search and what to keep fixed from a command line.
+
+    Args:
+        texts: one `name=value` a setting: `low..high` is a range, `a,b,c` a choice, a single value is fixed.
+
+    Returns:
+        The space and the fixed settings, as `tune` takes them.
+
+    Raises:
+        ValueError: a text is not of that form, names no setting, or its value has the wrong type.
+
+    Example:
+        >>> parse_space(["learning_rate=1e-3..1e-2", "model=transformer,lstm", "steps=300"])
+        ({'learning_rate': (0.001, 0.01), 'model': ['transformer', 'lstm']}, {'steps': 300})
+    """
+    space, fixed = {}, {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise ValueError(f"{text!r} must be name=value, such as steps=300 or learning_rate=1e-3..1e-2.")
+        _check_name(name)
+        if name in space or name in fixed:
+            raise ValueError(f"{name} must be named once, got it again in {text!r}.")
+        # Two dots are part of file names such as ../words.txt, of which there are no ranges.
+        if ".." in value and _TYPES[name] is not str:
+            ends = value.split("..")
+            if len(ends) != 2:
+                raise ValueError(f"A range must be low..high, got {text!r}.")
+            space[name] = tuple(_parse(name, end) for end in ends)
+        elif "," in value:
+            space[name] = [_parse(name, choice) for choice in value.split(",")]
+        else:
+            fixed[name] = _parse(name, value)
+    return (_check_space(space, fixed) if space else space), fixed
+
+
+def _parse(name: str, text: str):
+    try:
+        value = _TYPES[name](text.strip())
+    except ValueError:
+        value = ""
+    if value == "":
+        kind = {int: "an integer", float: "a number", str: "not empty"}[_TYPES[name]]
+        raise ValueError(f"{name} must be {kind}, got {text!r}.")
+    return value
+
+
+def _check_name(name: str) -> None:
+    if name not in SETTINGS:
+        raise ValueError(f"There is no setting {name!r}. The settings are {', '.join(SETTINGS)}.")
+
+
+def _check_space(space: dict, fixed: dict) -> dict:
+    """Refuse a space that cannot be searched, and return it with each value in its setting's type."""
+    for name in (*space, *fixed):
+        _check_name(name)
+    if not space:
+        raise ValueError("There is nothing to search: give at least one setting a list or a range.")
+    if both := set(space) & set(fixed):
+        raise ValueError(f"{min(both)} is both searched and fixed. Give it once.")
+    if "valid_fraction" in space:
+        raise ValueError("valid_fraction must be fixed: figures on different held-out documents cannot be compared.")
+    checked = {}
+    for name, values in space.items():
+        if isinstance(values, list):
+            if not values:
+                raise ValueError(f"The list of {name} must hold at least one value, got an empty one.")
+            checked[name] = list(dict.fromkeys(_typed(name, value) for value in values))
+        elif isinstance(values, tuple) and len(values) == 2 and _TYPES[name] is not str:
+            low, high = checked[name] = tuple(_typed(name, value) for value in values)
+            if not low <= high:
+                raise ValueError(f"The range of {name} must have low <= high, got {low} and {high}.")
+        else:
+            ranges = "" if _TYPES[name] is str else " or a tuple (low, high)"
+            raise ValueError(f"What to search for {name} must be a list{ranges}, got {values!r}.")
+    return checked
+
+
+def _typed(name: str, value):
+    expected = _TYPES[name]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (is_number and expected(value) == value if expected is not str else isinstance(value, str)):
+        raise ValueError(f"{name} must be of type {expected.__name__}, got {value!r}.")
+    return expected(value)
+
+
+def _keras_tuner():
+    try:
+        import keras_tuner
+        import scipy.optimize  # noqa: F401
+        import sklearn.gaussian_process  # noqa: F401 (KerasTuner needs both, and is imported without them too)
+    except ImportError as error:
+        raise ValueError(f"tune() needs KerasTuner and scikit-learn: pip install 'aigc_tf[tune]' ({error}).") from None
+    return keras_tuner
+
+
+def _propose(space: dict, records: list[dict], seed: int) -> dict | None:
+    """Choose the settings of the next trial, a function of the arguments alone; None when all were tried.
+
+    KerasTuner's oracle is made anew from our records, so that a resumed search goes on as if it had not
+    been interrupted.
+    """
+    keras_tuner = _keras_tuner()
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
+    rng = random.Random(f"{seed} {len(records)}")
+    hyperparameters = _hyperparameters(space)
+    oracle = keras_tuner.oracles.BayesianOptimizationOracle(
+        objective=keras_tuner.Objective("bits_per_char", "min"),
+        hyperparameters=hyperparameters,
+        num_initial_points=_RANDOM_TRIALS,
+        seed=rng.randint(1, 2**31),  # KerasTuner takes 0 for none
+    )
+    worst = max((r["bits_per_char"] for r in records if not r["error"]), default=None)
+    for record in records:
+        # A failed trial counts as the worst, which leads away from settings such as that.
+        if worst is not None:
+            tried = hyperparameters.copy()
+            tried.values = dict(record["settings"])
+            trial = keras_tuner.engine.trial.Trial(tried, trial_id=str(record["trial"]), status="COMPLETED")
+            trial.score = worst if record["error"] else record["bits_per_char"]
+            oracle.trials[trial.trial_id] = trial
+    # The matrices are so small that several threads take twice as long as one.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        # The Gaussian process warns when it meets the bounds of its length scale, as it does with few trials.
+        warnings.simplefilter("ignore")
+        settings = _without_idle(oracle.populate_space("next")["values"])
+    tried = [record["settings"] for record in records]
+    # So many draws miss the last settings left, of a choice among finitely many, less than once in e^50 times.
+    for _ in range(100 * (len(records) + 1)):
+        if settings not in tried:
+            return settings
+        settings = _without_idle({hp.name: hp.random_sample(rng.getrandbits(32)) for hp in hyperparameters.space})
+    return None
+
+
+def _hyperparameters(space: dict):
+    hyperparameters = _keras_tuner().HyperParameters()
+    for name, values in space.items():
+        if isinstance(values, list):
+            hyperparameters.Choice(name, values)
+        elif _TYPES[name] is int:
+            hyperparameters.Int(name, *values)
+        else:
+            hyperparameters.Float(name, *values, sampling="log" if values[0] > 0 else "linear")
+    return hyperparameters
+
+
+def _without_idle(settings: dict) -> dict:
+    """Leave out the attention heads of an LSTM, where the search has both architectures."""
+    is_idle = settings.get("model", "transformer") != "transformer"
+    return {name: value for name, value in settings.items() if not (is_idle and name == "num_heads")}
+
+
+def _run_trial(documents: list[str], folder: Path, number: int, settings: dict, fixed: dict) -> dict:
+    run_folder = folder / f"trial-{number}"
+    began = time.monotonic()
+    bits = error = None
+    # Heads that are fixed, too, are for the Transformers of a search over both.
+    given = _without_idle({**fixed, **settings}) if "model" in settings else {**fixed, **settings}
+    try:
+        figures = run_pipeline(documents, run_folder, **given, progress=False)
+        if figures["steps_done"] < given.get("steps", SETTINGS["steps"]):
+            raise KeyboardInterrupt
+        bits = figures["bits_per_char"]
+        if not math.isfinite(bits):
+            raise ValueError(f"The bits per character became {bits}.")
+    except Exception as caught:
+        if not _is_failure_of_settings(caught):
+            raise
+        bits, error = None, textwrap.shorten(str(caught) or type(caught).__name__, 500, placeholder=" ...")
+    except KeyboardInterrupt:
+        shutil.rmtree(run_folder, ignore_errors=True)
+        raise
+    finally:
+        keras.backend.clear_session()
+        gc.collect()
+    seconds = round(time.monotonic() - began, 3)
+    return {"trial": number, "settings": settings, "bits_per_char": bits, "seconds": seconds, "error": error}
+
+
+def _is_failure_of_settings(error: Exception) -> bool:
+    # JAX has no error type of its own for memory that is too small.
+    is_out_of_memory = isinstance(error, (MemoryError, tf.errors.ResourceExhaustedError)) or (
+        isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    )
+    return is_out_of_memory or isinstance(error, ValueError)
+
+
+def _read_records(folder: Path, search: dict) -> list[dict]:
+    """Read the trials of an earlier call, or begin the folder of a new search."""
+    file = folder / _TRIALS
+    if not file.exists():
+        if folder.exists() and (not folder.is_dir() or any(p for p in folder.iterdir() if p.name[0] != ".")):
+            raise ValueError(f"{folder} exists, is not empty, and holds no {_TRIALS}. Name another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**search, "trials": []})
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        records = found["trials"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged. Name another folder.") from None
+    # json.dumps, as the order of the settings and of the choices decides what the seed proposes
+    differs = [name for name in search if json.dumps(found.get(name)) != json.dumps(search[name])]
+    if differs:
+        raise ValueError(
+            f"{folder} belongs to a search with another {' and another '.join(differs)}. "
+            "Call tune() as before, or name another folder."
+        )
+    return records
+
+
+def _keep_best(folder: Path, records: list[dict]) -> None:
+    """Make the best trial's run folder `best`, and delete the others, half-done ones among them.
+
+    It does what is still to do: wherever a process was killed, the next call ends in the same state.
+    """
+    best = _best(records)
+    for path in folder.glob("trial-*"):
+        if best and path.name == f"trial-{best['trial']}":
+            shutil.rmtree(folder / _BEST, ignore_errors=True)
+            os.replace(path, folder / _BEST)
+        else:
+            shutil.rmtree(path)
+
+
+def _rank(record: dict) -> tuple:
+    return record["error"] is not None, record["bits_per_char"] or 0.0, record["trial"]
+
+
+def _best(records: list[dict]) -> dict | None:
+    return min((record for record in records if not record["error"]), key=_rank, default=None)
+
+
+def _describe_settings(settings: dict) -> str:
+    shown = {name: f"{value:.3g}" if isinstance(value, float) else value for name, value in settings.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _progress_line(records: list[dict], trials: int | None) -> str:
+    record, best = records[-1], _best(records)
+    number = f"trial {record['trial']}" + (f"/{trials}" if trials else "")
+    settings = _describe_settings(record["settings"])
+    if record["error"]:
+        figure = f"failed: {record['error']}"
+    else:
+        figure = f"{record['bits_per_char']:.3f} bits/char  (best {best['bits_per_char']:.3f})"
+    return f"{number}  {settings}  {figure}  {record['seconds']:.0f} s"
+
+
+def _show_nothing(line: str, flush: bool) -> None: ...
