@@ -39,7 +39,7 @@ def estimate(
     All but time and energy are formulas; no model is built for them, so they also tell of a model that no
     machine here could hold. For time, real training steps of this very model run on this device for about
     `seconds`, unless it does not fit. Memory is that of the whole process, Python and TensorFlow among it. Its
-    formulas were fitted to TensorFlow on a CPU, and hold there within 20 percent; JAX was not measured.
+    formulas were fitted to small models on TensorFlow and a CPU; they are rough for others, and for JAX.
 
     Args:
         model: "transformer" or "lstm".

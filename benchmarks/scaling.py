@@ -156,7 +156,7 @@ def draw(results: dict) -> None:
     axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="bits per character, held-out poems")
     axes.yaxis.set_major_formatter("{x:.1f}")
     axes.yaxis.set_minor_formatter("{x:.1f}")
-    axes.set_title(f"Tang quatrains, {STEPS} steps of {BATCH_SIZE} x {CONTEXT} tokens, {len(SEEDS)} seeds")
+    axes.set_title(f"Tang quatrains, {STEPS} steps of {BATCH_SIZE} x {CONTEXT} tokens")
     axes.legend()
     figure.savefig(CHART, metadata={"Date": None})
 
