@@ -118,7 +118,6 @@ def estimate(
         built = build(model, vocab_size, context, size, **settings)
         step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, seconds)
         del built
-        keras.backend.clear_session()
         figures["step_seconds"] = step_seconds
         figures["tokens_per_second"] = batch_size * context / step_seconds
         figures["hours"] = step_seconds * steps / 3600

@@ -11,7 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
-from .devices import keras, tf
+from .devices import tf
 from .files import write_json
 from .pipeline import SETTINGS, run_pipeline
 from .saving import documents_sha256
@@ -315,7 +315,6 @@ def _run_trial(documents: list[str], folder: Path, number: int, settings: dict, 
         shutil.rmtree(run_folder, ignore_errors=True)
         raise
     finally:
-        keras.backend.clear_session()
         gc.collect()
     seconds = round(time.monotonic() - began, 3)
     return {"trial": number, "settings": settings, "bits_per_char": bits, "seconds": seconds, "error": error}
