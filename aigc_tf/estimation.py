@@ -1,22 +1,20 @@
 """Estimation: estimate(), what a model costs before it is trained: memory, hours, electricity."""
 
 import math
-import shutil
 import statistics
-import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 
-from .devices import keras, tf
-from .models import LSTM_SIZES, TRANSFORMER_SIZES, build
+from .devices import freed_graphs, keras, tf
+from .hardware import available_bytes, gpu_watts, process_bytes, processor_joules
+from .models import build
+from .sizes import at_least_1, dimensions
 from .training import compile_model
 
 _WARMUP_STEPS = 3  # the first compiles, the next two still warm up
 # What TensorFlow takes beside the arrays of a training step, on a CPU: measured with models of 1 to 4 layers.
 _GRAPH_BYTES, _GRAPH_BYTES_PER_LAYER = 80e6, 50e6
-_POWERCAP = Path("/sys/class/powercap")
 
 
 def estimate(
@@ -30,6 +28,7 @@ def estimate(
     num_layers: int | None = None,
     num_heads: int | None = None,
     hidden_dim: int | None = None,
+    dropout: float = 0.1,
     precision: str = "float32",
     seconds: float = 10.0,
     watts: float | None = None,
@@ -51,6 +50,7 @@ def estimate(
         num_layers: see `transformer` and `lstm`.
         num_heads: see `transformer`.
         hidden_dim: see `transformer` and `lstm`.
+        dropout: see `transformer` and `lstm`; for the measurement, the formulas take it as given.
         precision: "float32", "mixed_bfloat16" or "mixed_float16".
         seconds: how long to measure; 0 measures nothing.
         watts: the power that the machine draws while it trains; by default it is read where the system
@@ -80,18 +80,16 @@ def estimate(
         each weight of a matrix product, and the backward pass twice the forward one; to that come the products
         of attention and of the head.
     """
-    numbers = {"vocab_size": vocab_size, "context": context, "batch_size": batch_size, "steps": steps}
-    for name, value in {**numbers, **_dimensions(model, size, num_layers, num_heads, hidden_dim)}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    replaced = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
+    chosen = dimensions(model, size, **replaced)
+    at_least_1(vocab_size=vocab_size, context=context, batch_size=batch_size, steps=steps)
     if precision not in ("float32", "mixed_bfloat16", "mixed_float16"):
         raise ValueError(f"precision must be float32, mixed_bfloat16 or mixed_float16, got {precision!r}.")
     if not seconds >= 0 or (watts is not None and not watts > 0):
         raise ValueError(f"seconds must be at least 0 and watts above 0, got {seconds} and {watts}.")
-    dimensions = _dimensions(model, size, num_layers, num_heads, hidden_dim)
     count = _count_transformer if model == "transformer" else _count_lstm
     parameters, flops, activations, temporaries, cache = count(
-        vocab_size, context, batch_size, bytes_per_float=4 if precision == "float32" else 2, **dimensions
+        vocab_size, context, batch_size, bytes_per_float=4 if precision == "float32" else 2, **chosen
     )
     figures = {
         "parameters": parameters,
@@ -104,18 +102,17 @@ def estimate(
         "activations_bytes": activations,
         # The best weights so far, and of each matrix a copy while its gradient is clipped or applied.
         "overhead_bytes": _GRAPH_BYTES
-        + _GRAPH_BYTES_PER_LAYER * dimensions["num_layers"]
+        + _GRAPH_BYTES_PER_LAYER * chosen["num_layers"]
         + 12 * parameters
         + 0.2 * activations
         + temporaries,
-        "runtime_bytes": _process_bytes(),
+        "runtime_bytes": process_bytes(),
     }
     figures["peak_memory_bytes"] = sum(value for name, value in figures.items() if name.endswith("_bytes"))
     figures["generation_bytes_per_text"] = cache
-    figures["available_memory_bytes"] = _available_bytes()
+    figures["available_memory_bytes"] = available_bytes()
     if seconds and _fits(figures):
-        settings = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim, "precision": precision}
-        built = build(model, vocab_size, context, size, **settings)
+        built = build(model, vocab_size, context, size, **replaced, dropout=dropout, precision=precision)
         step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, seconds)
         del built
         figures["step_seconds"] = step_seconds
@@ -201,20 +198,6 @@ def _scaled(value: float) -> str:
     return f"{value / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}"
 
 
-def _dimensions(model: str, size: str, num_layers, num_heads, hidden_dim) -> dict[str, int]:
-    sizes = {"transformer": TRANSFORMER_SIZES, "lstm": LSTM_SIZES}
-    if model not in sizes:
-        raise ValueError(f"model must be one of transformer, lstm, got {model!r}.")
-    if size not in sizes[model]:
-        raise ValueError(f"size must be one of {', '.join(sizes[model])}, got {size!r}.")
-    if num_heads is not None and model == "lstm":
-        raise ValueError("num_heads is for a Transformer: an LSTM has no attention heads.")
-    given = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
-    if model == "lstm" and hidden_dim is not None:
-        given["embedding_dim"] = hidden_dim // 2
-    return {**sizes[model][size], **{name: value for name, value in given.items() if value is not None}}
-
-
 # Of the next two, activations and temporaries are those that TensorFlow was seen to hold at the peak of a training step
 # on a CPU, by the sizes of what it had allocated: so many arrays of each shape.
 
@@ -256,7 +239,8 @@ def _measure(model, vocab_size: int, context: int, batch_size: int, seconds: flo
     data = tf.data.Dataset.from_tensors((ids[:, :-1], ids[:, 1:])).repeat()
     compile_model(model, steps=1_000_000)
     timer = _Timer(seconds)
-    model.fit(data, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
+    with freed_graphs():
+        model.fit(data, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
     return statistics.median(timer.step_seconds), timer.watts
 
 
@@ -282,60 +266,5 @@ class _Timer(keras.callbacks.Callback):
         joules = processor_joules()
         if joules is not None and self.joules is not None and joules > self.joules:
             self.watts = (joules - self.joules) / seconds
-        if _uses_gpu() and (reading := _nvidia_smi("power.draw")) is not None:
+        if (reading := gpu_watts()) is not None:
             self.watts = (self.watts or 0.0) + reading
-
-
-def processor_joules(folder: Path = _POWERCAP) -> float | None:
-    """Read the energy counters of the processors (Linux RAPL), None where there are none or they may not be read."""
-    try:
-        # intel-rapl:0 is a whole processor, intel-rapl:0:0 a part of it.
-        counters = [p / "energy_uj" for p in folder.glob("intel-rapl:*") if p.name.count(":") == 1]
-        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
-    except (OSError, ValueError):
-        return None
-
-
-def _uses_gpu() -> bool:
-    if keras.backend.backend() == "jax":
-        # Asked for GPUs alone, JAX raises an error where there are none.
-        return any(name.startswith(("gpu", "cuda")) for name in keras.distribution.list_devices())
-    return bool(tf.config.list_logical_devices("GPU"))
-
-
-def _nvidia_smi(field: str) -> float | None:
-    """Ask NVIDIA's tool for one figure, summed over the GPUs."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"], capture_output=True, text=True
-    )
-    try:
-        return sum(float(line) for line in done.stdout.split("\n") if line.strip())
-    except ValueError:
-        return None
-
-
-def _available_bytes() -> float:
-    """Find how much memory is free on the device: that of a GPU in use, or of the machine."""
-    if _uses_gpu() and (mebibytes := _nvidia_smi("memory.free")) is not None:
-        return mebibytes * 2**20
-    free = _kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024
-    try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, limit - used)
-    except (OSError, ValueError):  # no limit
-        return free
-    return free
-
-
-def _process_bytes() -> float:
-    return _kilobytes(Path("/proc/self/status"), "VmRSS") * 1024
-
-
-def _kilobytes(file: Path, field: str) -> float:
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        raise ValueError(f"Memory is read from {file}, which only Linux has.") from None
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

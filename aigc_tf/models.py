@@ -11,19 +11,10 @@ import math
 import numpy as np
 
 from .devices import keras
+from .sizes import at_least_1, dimensions
 
 layers, ops = keras.layers, keras.ops
 
-TRANSFORMER_SIZES = {
-    "tiny": {"num_layers": 2, "num_heads": 4, "hidden_dim": 128},
-    "small": {"num_layers": 6, "num_heads": 6, "hidden_dim": 384},
-    "base": {"num_layers": 12, "num_heads": 12, "hidden_dim": 768},
-}
-LSTM_SIZES = {
-    "tiny": {"num_layers": 1, "hidden_dim": 256, "embedding_dim": 128},
-    "small": {"num_layers": 2, "hidden_dim": 512, "embedding_dim": 256},
-    "base": {"num_layers": 3, "hidden_dim": 1536, "embedding_dim": 768},
-}
 _GPT2_STDDEV = 0.02
 # Large enough to move the gates from the first step: with 0.05 the demo's LSTM stands at 8.18 bits per character
 # after 400 steps, with 0.2 at 7.75.
@@ -76,14 +67,13 @@ def transformer(
         A. Radford et al., "Language models are unsupervised multitask learners" (2019); attention after
         A. Vaswani et al., "Attention is all you need" (2017).
     """
-    dimensions = _dimensions(TRANSFORMER_SIZES, size, num_layers, num_heads=num_heads, hidden_dim=hidden_dim)
-    num_layers, num_heads, hidden_dim = (dimensions[k] for k in ("num_layers", "num_heads", "hidden_dim"))
+    chosen = dimensions("transformer", size, num_layers=num_layers, num_heads=num_heads, hidden_dim=hidden_dim)
+    num_layers, num_heads, hidden_dim = (chosen[k] for k in ("num_layers", "num_heads", "hidden_dim"))
     intermediate_dim = 4 * hidden_dim if intermediate_dim is None else intermediate_dim
-    _check(**dimensions, vocab_size=vocab_size, context=context, intermediate_dim=intermediate_dim)
-    if hidden_dim % num_heads:
-        raise ValueError(f"hidden_dim must be a multiple of num_heads, got {hidden_dim} and {num_heads}.")
+    at_least_1(vocab_size=vocab_size, context=context, intermediate_dim=intermediate_dim)
     _check_dropout(dropout)
-    init = keras.initializers.RandomNormal(stddev=_GPT2_STDDEV)
+    # Drawn anew below; without a seed Keras would take one from Python's own generator, which is the user's.
+    init = keras.initializers.RandomNormal(stddev=_GPT2_STDDEV, seed=seed)
     seeds = iter(range(seed * 10_000, seed * 10_000 + 10_000))
 
     def drop(x):
@@ -163,11 +153,9 @@ def lstm(
         S. Hochreiter and J. Schmidhuber, "Long short-term memory", Neural Computation 9 (1997); tied head
         after O. Press and L. Wolf, "Using the output embedding to improve language models" (2017).
     """
-    if hidden_dim is not None and embedding_dim is None:
-        embedding_dim = hidden_dim // 2
-    dimensions = _dimensions(LSTM_SIZES, size, num_layers, hidden_dim=hidden_dim, embedding_dim=embedding_dim)
-    num_layers, hidden_dim, embedding_dim = (dimensions[k] for k in ("num_layers", "hidden_dim", "embedding_dim"))
-    _check(**dimensions, vocab_size=vocab_size, context=context)
+    chosen = dimensions("lstm", size, num_layers=num_layers, hidden_dim=hidden_dim, embedding_dim=embedding_dim)
+    num_layers, hidden_dim, embedding_dim = (chosen[k] for k in ("num_layers", "hidden_dim", "embedding_dim"))
+    at_least_1(vocab_size=vocab_size, context=context)
     _check_dropout(dropout)
     seeds = iter(range(seed * 10_000, seed * 10_000 + 10_000))
 
@@ -187,6 +175,7 @@ def lstm(
             return_sequences=True,
             kernel_initializer=glorot(),
             recurrent_initializer=keras.initializers.Orthogonal(seed=next(seeds)),
+            seed=seed,  # of its own dropout, which is not used; without it Keras draws one from Python's generator
             name=f"lstm_{i}",
         )(drop(x))
     x = drop(x)
@@ -232,10 +221,7 @@ def build(
     Raises:
         ValueError: `model` is unknown, a dimension does not fit, or an LSTM is given attention heads.
     """
-    if model not in ("transformer", "lstm"):
-        raise ValueError(f"model must be one of transformer, lstm, got {model!r}.")
-    if num_heads is not None and model != "transformer":
-        raise ValueError("num_heads is for a Transformer: an LSTM has no attention heads.")
+    dimensions(model, size, num_layers=num_layers, num_heads=num_heads, hidden_dim=hidden_dim)
     settings = {"num_layers": num_layers, "hidden_dim": hidden_dim, "dropout": dropout, "seed": seed}
     previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy(precision)  # layers keep the policy they are made under
@@ -280,19 +266,6 @@ def _initialise_transformer(model: keras.Model, num_layers: int, seed: int) -> N
         into_residual = variable.path.endswith(("attention_output/kernel", "mlp_project/kernel"))
         stddev = _GPT2_STDDEV / math.sqrt(2 * num_layers) if into_residual else _GPT2_STDDEV
         variable.assign(stddev * generator.standard_normal(variable.shape, np.float32))
-
-
-def _dimensions(sizes: dict, size: str, num_layers: int | None, **given: int | None) -> dict[str, int]:
-    if size not in sizes:
-        raise ValueError(f"size must be one of {', '.join(sizes)}, got {size!r}.")
-    given = {"num_layers": num_layers, **given}
-    return {**sizes[size], **{name: value for name, value in given.items() if value is not None}}
-
-
-def _check(**dimensions: int) -> None:
-    for name, value in dimensions.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _check_dropout(dropout: float) -> None:

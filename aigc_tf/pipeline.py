@@ -107,7 +107,7 @@ def run_pipeline(
 
     dimensions = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim, "precision": precision}
     sizes = {"vocab_size": tokenizer.vocab_size, "context": context, "batch_size": batch_size, "steps": steps}
-    if warning := memory_warning(model, size, **sizes, **dimensions):
+    if warning := memory_warning(model, size, **sizes, **dimensions, dropout=dropout):
         show(f"warning: {warning}")
 
     # 2. build, and 3. initialise: the seed draws the weights

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from .devices import keras, tf
+from .devices import freed_graphs, keras, tf
 from .evaluation import check_vocabulary, evaluate_scorer, scorer
 from .tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ def train(
             keras.callbacks.CSVLogger(Path(run_dir, "log.csv")),
             keras.callbacks.TensorBoard(Path(run_dir, "tensorboard"), write_graph=False),
         ]
-    with _ctrl_c_stops(validation):
+    with _ctrl_c_stops(validation), freed_graphs():
         model.fit(
             train_data,
             epochs=math.ceil(steps / steps_per_validation),
@@ -161,13 +161,10 @@ class _Validation(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         ended = time.perf_counter()
-        if not math.isfinite(logs["loss"]):
-            raise ValueError(
-                f"The loss became {logs['loss']} at step {self.step} with a learning rate of "
-                f"{self._learning_rate():.3g}. Train again with a lower one."
-            )
+        self._check_is_number("loss", logs["loss"])
         num_tokens = (self.step - self.epoch_first_step) * self.tokens_per_step
         logs["val_bits_per_char"] = evaluate_scorer(self.scoring, self.tokenizer, self.documents)["bits_per_char"]
+        self._check_is_number("bits per character on the held-out documents", logs["val_bits_per_char"])
         logs["learning_rate"] = self._learning_rate()
         logs["tokens_per_second"] = num_tokens / (ended - self.epoch_began)
         self.seconds_validating += time.perf_counter() - ended
@@ -185,6 +182,13 @@ class _Validation(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self.model.set_weights(self.best_weights)
+
+    def _check_is_number(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(
+                f"The {name} became {value} at step {self.step} with a learning rate of "
+                f"{self._learning_rate():.3g}. Train again with a lower one."
+            )
 
     def _learning_rate(self) -> float:
         return float(self.schedule(self.step - 1))

@@ -1,7 +1,8 @@
 """Tuning: tune(), the search for the settings that predict held-out documents best."""
 
-import gc
+import contextlib
 import json
+import logging
 import math
 import os
 import random
@@ -9,26 +10,20 @@ import shutil
 import textwrap
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from .devices import tf
 from .files import write_json
 from .pipeline import SETTINGS, run_pipeline
 from .saving import documents_sha256
-
-# What `aigc-tf tune` searches when it is told nothing else.
-DEFAULT_SPACE = {
-    "model": ["transformer", "lstm"],
-    "learning_rate": (1e-3, 1e-2),
-    "hidden_dim": [64, 128, 256],
-    "dropout": [0.0, 0.1, 0.2],
-    "batch_size": [8, 16, 32],
-}
+from .search_space import TYPES, check_space
 
 _TRIALS, _BEST = "trials.json", "best"
 _RANDOM_TRIALS = 5  # before the Gaussian process is asked
-_TYPES = {name: int if default is None else type(default) for name, default in SETTINGS.items()}
-_TYPES |= {"user_dict": str, "stopwords": str}
+_HOPELESS_TRIALS = 10  # so many failures without a success are the fault of what is the same in all of them
+# Settings that exist for one value of another; a search over both values leaves them out for the other ones.
+_ONLY_FOR = {"num_heads": ("model", "transformer"), "user_dict": ("unit", "word")}
 
 
 def tune(
@@ -78,7 +73,7 @@ def tune(
     Source:
         Snoek, Larochelle and Adams, "Practical Bayesian Optimization of Machine Learning Algorithms", 2012.
     """
-    space = _check_space(space, fixed)
+    space = check_space(space, fixed)
     if trials is None and minutes is None:
         raise ValueError("A search needs an end: give trials, minutes or both.")
     if trials is not None and trials < 1:
@@ -102,17 +97,21 @@ def tune(
         show(f"{len(records)} trials of an earlier call are kept in {folder}", flush=True)
 
     began = time.monotonic()
-    while trials is None or len(records) < trials:
-        settings = _propose(space, records, seed)
-        if settings is None:
-            show("all there is to try has been tried", flush=True)
-            break
-        records.append(_run_trial(documents, folder, len(records) + 1, settings, {"seed": seed, **fixed}))
-        write_json(folder / _TRIALS, {**search, "trials": records})
-        _keep_best(folder, records)
-        show(_progress_line(records, trials), flush=True)
-        if minutes is not None and time.monotonic() - began >= 60 * minutes:
-            break
+    try:
+        while (trials is None or len(records) < trials) and not _is_hopeless(records):
+            settings = _propose(space, records, seed)
+            if settings is None:
+                show("all there is to try has been tried", flush=True)
+                break
+            records.append(_run_trial(documents, folder, len(records) + 1, settings, {"seed": seed, **fixed}))
+            write_json(folder / _TRIALS, {**search, "trials": records})
+            _keep_best(folder, records)
+            show(_progress_line(records, trials), flush=True)
+            if minutes is not None and time.monotonic() - began >= 60 * minutes:
+                break
+    except KeyboardInterrupt:
+        show(f"stopped; {len(records)} trials are kept in {folder}, and the same call goes on after them", flush=True)
+        raise
     if _best(records) is None:
         raise ValueError(
             f"All {len(records)} trials failed, the last one so: {records[-1]['error']} "
@@ -137,93 +136,6 @@ def describe_trials(trials: list[dict]) -> str:
         settings = _describe_settings(record["settings"])
         lines.append(f"{record['trial']:>5}  {bits:>9}  {record['seconds']:7.0f}  {settings}{reason}")
     return "\n".join(lines)
-
-
-def parse_space(texts: list[str]) -> tuple[dict[str, list | tuple], dict]:
-    """Read what to search and what to keep fixed from a command line.
-
-    Args:
-        texts: one `name=value` a setting: `low..high` is a range, `a,b,c` a choice, a single value is fixed.
-
-    Returns:
-        The space and the fixed settings, as `tune` takes them.
-
-    Raises:
-        ValueError: a text is not of that form, names no setting, or its value has the wrong type.
-
-    Example:
-        >>> parse_space(["learning_rate=1e-3..1e-2", "model=transformer,lstm", "steps=300"])
-        ({'learning_rate': (0.001, 0.01), 'model': ['transformer', 'lstm']}, {'steps': 300})
-    """
-    space, fixed = {}, {}
-    for text in texts:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if not (name and equals and value):
-            raise ValueError(f"{text!r} must be name=value, such as steps=300 or learning_rate=1e-3..1e-2.")
-        _check_name(name)
-        if name in space or name in fixed:
-            raise ValueError(f"{name} must be named once, got it again in {text!r}.")
-        # Two dots are part of file names such as ../words.txt, of which there are no ranges.
-        if ".." in value and _TYPES[name] is not str:
-            ends = value.split("..")
-            if len(ends) != 2:
-                raise ValueError(f"A range must be low..high, got {text!r}.")
-            space[name] = tuple(_parse(name, end) for end in ends)
-        elif "," in value:
-            space[name] = [_parse(name, choice) for choice in value.split(",")]
-        else:
-            fixed[name] = _parse(name, value)
-    return (_check_space(space, fixed) if space else space), fixed
-
-
-def _parse(name: str, text: str):
-    try:
-        value = _TYPES[name](text.strip())
-    except ValueError:
-        value = ""
-    if value == "":
-        kind = {int: "an integer", float: "a number", str: "not empty"}[_TYPES[name]]
-        raise ValueError(f"{name} must be {kind}, got {text!r}.")
-    return value
-
-
-def _check_name(name: str) -> None:
-    if name not in SETTINGS:
-        raise ValueError(f"There is no setting {name!r}. The settings are {', '.join(SETTINGS)}.")
-
-
-def _check_space(space: dict, fixed: dict) -> dict:
-    """Refuse a space that cannot be searched, and return it with each value in its setting's type."""
-    for name in (*space, *fixed):
-        _check_name(name)
-    if not space:
-        raise ValueError("There is nothing to search: give at least one setting a list or a range.")
-    if both := set(space) & set(fixed):
-        raise ValueError(f"{min(both)} is both searched and fixed. Give it once.")
-    if "valid_fraction" in space:
-        raise ValueError("valid_fraction must be fixed: figures on different held-out documents cannot be compared.")
-    checked = {}
-    for name, values in space.items():
-        if isinstance(values, list):
-            if not values:
-                raise ValueError(f"The list of {name} must hold at least one value, got an empty one.")
-            checked[name] = list(dict.fromkeys(_typed(name, value) for value in values))
-        elif isinstance(values, tuple) and len(values) == 2 and _TYPES[name] is not str:
-            low, high = checked[name] = tuple(_typed(name, value) for value in values)
-            if not low <= high:
-                raise ValueError(f"The range of {name} must have low <= high, got {low} and {high}.")
-        else:
-            ranges = "" if _TYPES[name] is str else " or a tuple (low, high)"
-            raise ValueError(f"What to search for {name} must be a list{ranges}, got {values!r}.")
-    return checked
-
-
-def _typed(name: str, value):
-    expected = _TYPES[name]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (is_number and expected(value) == value if expected is not str else isinstance(value, str)):
-        raise ValueError(f"{name} must be of type {expected.__name__}, got {value!r}.")
-    return expected(value)
 
 
 def _keras_tuner():
@@ -281,27 +193,27 @@ def _hyperparameters(space: dict):
     for name, values in space.items():
         if isinstance(values, list):
             hyperparameters.Choice(name, values)
-        elif _TYPES[name] is int:
+        elif TYPES[name] is int:
             hyperparameters.Int(name, *values)
         else:
             hyperparameters.Float(name, *values, sampling="log" if values[0] > 0 else "linear")
     return hyperparameters
 
 
-def _without_idle(settings: dict) -> dict:
-    """Leave out the attention heads of an LSTM, where the search has both architectures."""
-    is_idle = settings.get("model", "transformer") != "transformer"
-    return {name: value for name, value in settings.items() if not (is_idle and name == "num_heads")}
+def _without_idle(settings: dict, fixed: dict | None = None) -> dict:
+    """Leave out what the searched value of another setting has no use for: the attention heads of an LSTM."""
+    idle = {name for name, (other, only) in _ONLY_FOR.items() if settings.get(other, only) != only}
+    return {name: value for name, value in {**(fixed or {}), **settings}.items() if name not in idle}
 
 
 def _run_trial(documents: list[str], folder: Path, number: int, settings: dict, fixed: dict) -> dict:
     run_folder = folder / f"trial-{number}"
     began = time.monotonic()
     bits = error = None
-    # Heads that are fixed, too, are for the Transformers of a search over both.
-    given = _without_idle({**fixed, **settings}) if "model" in settings else {**fixed, **settings}
+    given = _without_idle(settings, fixed)
     try:
-        figures = run_pipeline(documents, run_folder, **given, progress=False)
+        with _quiet_tensorflow():
+            figures = run_pipeline(documents, run_folder, **given, progress=False)
         if figures["steps_done"] < given.get("steps", SETTINGS["steps"]):
             raise KeyboardInterrupt
         bits = figures["bits_per_char"]
@@ -314,10 +226,24 @@ def _run_trial(documents: list[str], folder: Path, number: int, settings: dict, 
     except KeyboardInterrupt:
         shutil.rmtree(run_folder, ignore_errors=True)
         raise
-    finally:
-        gc.collect()
     seconds = round(time.monotonic() - began, 3)
     return {"trial": number, "settings": settings, "bits_per_char": bits, "seconds": seconds, "error": error}
+
+
+@contextlib.contextmanager
+def _quiet_tensorflow() -> Iterator[None]:
+    """Hold back TensorFlow's warning that a function is traced again and again: each trial has a new model."""
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _is_hopeless(records: list[dict]) -> bool:
+    return len(records) >= _HOPELESS_TRIALS and _best(records) is None
 
 
 def _is_failure_of_settings(error: Exception) -> bool:

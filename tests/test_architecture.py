@@ -19,7 +19,8 @@ ALLOWED = {
     "tokenizer": {"files", "segmentation"},
     "devices": set(),
     "dataset": {"devices", "files", "tokenizer"},
-    "models": {"devices"},
+    "sizes": set(),
+    "models": {"devices", "sizes"},
     "source": {"devices"},
     "ngram": {"tokenizer"},
     "evaluation": {"devices", "ngram", "tokenizer"},
@@ -27,17 +28,19 @@ ALLOWED = {
     "sampling": {"devices"},
     "generation": {"devices", "evaluation", "sampling", "tokenizer"},
     "saving": {"devices", "evaluation", "files", "tokenizer"},
-    "estimation": {"devices", "models", "training"},
+    "hardware": {"devices"},
+    "estimation": {"devices", "hardware", "models", "sizes", "training"},
     "pipeline": {
         "dataset", "estimation", "evaluation", "generation", "models", "saving", "segmentation", "text", "tokenizer",
         "training",
     },
-    "tuning": {"devices", "files", "pipeline", "saving"},
+    "search_space": {"pipeline"},
+    "tuning": {"devices", "files", "pipeline", "saving", "search_space"},
     "explanation": {"devices", "evaluation", "ngram", "tokenizer"},
 }
 # fmt: on
 # The front doors and the demo put the rooms together.
-FREE = {"__init__", "__main__", "demo"}
+FREE = {"__init__", "__main__", "demo", "parser"}
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -1,10 +1,12 @@
 import os
+import random
 
 import pytest
 from conftest import message_of
 
-from aigc_tf import estimate, memory_warning
-from aigc_tf.estimation import _available_bytes, _nvidia_smi, describe, processor_joules
+from aigc_tf import estimate, hardware, memory_warning
+from aigc_tf.estimation import describe
+from aigc_tf.hardware import _container_bytes, available_bytes, gpu_watts, processor_joules
 from aigc_tf.models import build
 
 RUN = {"vocab_size": 500, "context": 12, "batch_size": 4, "steps": 100}
@@ -71,12 +73,14 @@ def test_the_measurement_gives_time_and_energy(model):
 def test_a_measurement_changes_nothing_for_what_comes_after():
     from aigc_tf.devices import keras
 
+    before = random.getstate()
     estimate(**RUN, num_layers=1, num_heads=1, hidden_dim=8, seconds=0.1, precision="mixed_bfloat16")
     assert keras.config.dtype_policy().name == "float32"
+    assert random.getstate() == before
 
 
 def test_without_power_there_is_no_energy():
-    if processor_joules() is None and _nvidia_smi("power.draw") is None:
+    if processor_joules() is None and gpu_watts() is None:
         figures = estimate(**RUN, num_layers=1, num_heads=1, hidden_dim=8, seconds=0.1)
         assert "hours" in figures
         assert not {"watts", "kilowatt_hours"} & set(figures)
@@ -96,7 +100,7 @@ def test_the_warning_names_a_change_that_helps():
 
 
 def test_memory_that_is_free_is_known():
-    assert 1e8 < _available_bytes() < 1e14
+    assert 1e8 < available_bytes() < 1e14
 
 
 def test_power_is_read_where_the_system_tells(tmp_path, monkeypatch):
@@ -105,11 +109,36 @@ def test_power_is_read_where_the_system_tells(tmp_path, monkeypatch):
         (tmp_path / name / "energy_uj").write_text(f"{microjoules}\n")
     assert processor_joules(tmp_path) == 3.5
     assert processor_joules(tmp_path / "none") is None
+
+
+def test_the_gpu_is_asked_through_its_driver(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=power.draw ] && echo 61.5 && echo 60\n')
+    tool.write_text(
+        '#!/bin/sh\ncase "$1" in --query-gpu=power.draw) echo 61.5; echo 60;; *memory.total) echo 80; echo 40;; esac\n'
+    )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert _nvidia_smi("power.draw") == 121.5
+    assert gpu_watts() is None  # none is in use
+    monkeypatch.setattr(hardware, "uses_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "gpu_bytes_in_use", lambda: 2**20)
+    assert gpu_watts() == 121.5
+    assert available_bytes() == 39 * 2**20
+    tool.write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert gpu_watts() is None
+    assert 1e8 < available_bytes() < 1e14  # of the machine then
+
+
+@pytest.mark.parametrize(
+    "names", [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")]
+)
+def test_a_container_s_limit_is_known(tmp_path, names):
+    folder = tmp_path if names[0] == "memory.max" else tmp_path / "memory"
+    folder.mkdir(exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), ("1000", "300", "anon 200\ninactive_file 100\n"), strict=True):
+        (folder / name).write_text(text)
+    assert _container_bytes(tmp_path) == 800
+    (folder / names[0]).write_text("max")
+    assert _container_bytes(tmp_path) == float("inf")
 
 
 def test_the_table_has_units():

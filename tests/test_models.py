@@ -1,4 +1,5 @@
 import math
+import random
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 
 from aigc_tf import lstm, transformer
 from aigc_tf.devices import keras
+from aigc_tf.sizes import dimensions
 
 V, T = 50, 12
 
@@ -73,9 +75,7 @@ def test_transformer_parameters_follow_the_formula(layers, heads, d, m):
 
 def test_base_has_the_parameters_of_gpt2():
     assert transformer_parameters(50257, 1024, 12, 768, 4 * 768) == 124_439_808
-    from aigc_tf.models import TRANSFORMER_SIZES
-
-    assert TRANSFORMER_SIZES["base"] == {"num_layers": 12, "num_heads": 12, "hidden_dim": 768}
+    assert dimensions("transformer", "base") == {"num_layers": 12, "num_heads": 12, "hidden_dim": 768}
 
 
 def test_lstm_parameters_follow_the_formula():
@@ -127,6 +127,12 @@ def test_a_seed_decides_the_weights(build):
 
     np.testing.assert_array_equal(weights(1), weights(1))
     assert (weights(1) != weights(2)).any()
+
+
+def test_building_leaves_python_s_own_generator_alone(build):
+    before = random.getstate()
+    build(V, T)
+    assert random.getstate() == before
 
 
 def test_every_weight_gets_a_gradient(build):

@@ -2,15 +2,16 @@ import pytest
 from conftest import message_of
 
 import aigc_tf
-from aigc_tf.__main__ import _parser, _pipeline_settings
+from aigc_tf.__main__ import _pipeline_settings
 from aigc_tf.devices import keras
+from aigc_tf.parser import make_parser
 from aigc_tf.pipeline import SETTINGS, run_pipeline
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
 
 
 def test_the_command_has_the_function_s_settings_and_defaults():
-    options = _parser().parse_args(["train", "texts"])
+    options = make_parser().parse_args(["train", "texts"])
     assert set(SETTINGS) <= set(vars(options))
     for name, value in _pipeline_settings(options).items():
         assert value == SETTINGS[name], name

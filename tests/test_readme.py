@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aigc_tf.__main__ import _parser
+from aigc_tf.parser import make_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -61,7 +61,7 @@ def test_every_command_of_the_readme_is_one():
     commands = [line for block in blocks("bash") for line in re.findall(r"aigc-tf [^#\n]+", block)]
     assert len(commands) == 7
     for command in commands:
-        _parser().parse_args(shlex.split(command)[1:])
+        make_parser().parse_args(shlex.split(command)[1:])
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -135,6 +135,12 @@ def test_a_loss_that_is_no_number_stops_with_the_step(build, documents, tokenize
         run(build, documents, tokenizer, learning_rate=1e38, steps=20)
 
 
+def test_a_held_out_figure_that_is_no_number_stops_with_the_step(build, documents, tokenizer, monkeypatch):
+    monkeypatch.setattr("aigc_tf.training.evaluate_scorer", lambda *args: {"bits_per_char": math.nan})
+    with pytest.raises(ValueError, match="The bits per character on the held-out documents became nan at step 4"):
+        run(build, documents, tokenizer)
+
+
 def test_wrong_settings_are_said(build, documents, tokenizer):
     with pytest.raises(ValueError, match="at least 1, got 0 and 3"):
         run(build, documents, tokenizer, steps=0)

@@ -1,3 +1,5 @@
+import collections
+import gc
 import json
 import math
 import os
@@ -11,8 +13,10 @@ from conftest import message_of
 
 import aigc_tf
 from aigc_tf import tuning
+from aigc_tf.devices import keras
 from aigc_tf.pipeline import SETTINGS
-from aigc_tf.tuning import DEFAULT_SPACE, describe_trials, parse_space, tune
+from aigc_tf.search_space import DEFAULT_SPACE, check_space, parse_space
+from aigc_tf.tuning import describe_trials, tune
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
 SMALL |= {"model": "lstm"}
@@ -125,6 +129,39 @@ def test_when_all_trials_fail_the_reason_is_told(documents, tmp_path):
     assert "multiple of num_heads" in message
 
 
+def test_what_fails_again_and_again_ends_the_search_before_its_time(documents, tmp_path):
+    fixed = {**SMALL, "model": "transformer", "num_heads": 3}
+    message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, minutes=60, progress=False, **fixed)
+    assert "All 10 trials failed" in message
+    assert "multiple of num_heads" in message
+
+
+def test_a_user_dictionary_is_for_the_words_of_a_search_over_units(documents, tmp_path):
+    fixed = {**SMALL, "user_dict": ["欲穷千里"]}
+    trials = tune(documents, tmp_path / "search", {"unit": ["char", "word"]}, trials=2, progress=False, **fixed)
+    assert [trial["error"] for trial in trials] == [None, None]
+    best = trials[0]["settings"]["unit"]
+    assert bool(aigc_tf.read_run(tmp_path / "search" / "best")["settings"]["user_dict"]) == (best == "word")
+
+
+def count_graphs():
+    gc.collect()
+    # By its name without isinstance: some objects of the heap answer with a warning when they are asked.
+    return collections.Counter(type(thing).__name__ for thing in gc.get_objects())["FuncGraph"]
+
+
+def test_a_trial_leaves_no_graph_no_warning_and_the_user_s_policy(documents, tmp_path, capfd):
+    before = count_graphs()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        tune(documents, tmp_path / "search", RATES, trials=5, progress=False, **SMALL)
+        assert keras.config.dtype_policy().name == "mixed_bfloat16"
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert count_graphs() <= before
+    assert capfd.readouterr() == ("", "")
+
+
 def records_of(space, count, figure, seed=0):
     """Go through a search without training: the figure is a function of the settings."""
     records = []
@@ -229,7 +266,7 @@ def test_a_space_is_read_from_a_command_line():
 
 
 def test_the_default_space_is_one_of_settings():
-    assert tuning._check_space(DEFAULT_SPACE, {}) == DEFAULT_SPACE
+    assert check_space(DEFAULT_SPACE, {}) == DEFAULT_SPACE
     assert set(DEFAULT_SPACE) < set(SETTINGS)
 
 
@@ -241,10 +278,10 @@ if __name__ == "__main__":
 
 
 def stop_during_trial(documents, folder, number, signum, **fixed):
-    """Begin a search in a process of its own, stop it while that trial trains, and return its exit code."""
+    """Begin a search in another process, stop it while that trial trains; return its exit code, output and errors."""
     script = SCRIPT.format(documents=documents, folder=str(folder), space=RATES, trials=9, fixed=fixed)
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         ends = time.monotonic() + 240
@@ -254,11 +291,11 @@ def stop_during_trial(documents, folder, number, signum, **fixed):
             time.sleep(0.02)
         time.sleep(0.3)  # some steps
         os.kill(process.pid, signum)
-        errors = process.communicate(timeout=60)[1]
+        out, errors = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
-    return process.returncode, errors
+    return process.returncode, out, errors
 
 
 @pytest.mark.slow
@@ -266,7 +303,7 @@ def stop_during_trial(documents, folder, number, signum, **fixed):
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_search_keeps_its_trials_and_goes_on(documents, tmp_path, signum):
     folder, fixed = tmp_path / "search", {**SMALL, "steps": 600, "validations": 60}
-    code, errors = stop_during_trial(documents, folder, 2, signum, **fixed)
+    code, out, errors = stop_during_trial(documents, folder, 2, signum, **fixed)
     kept = recorded(folder)
     assert [record["trial"] for record in kept] == [1]
     if signum == signal.SIGKILL:
@@ -274,6 +311,7 @@ def test_a_stopped_search_keeps_its_trials_and_goes_on(documents, tmp_path, sign
     else:
         assert names(folder) == ["best", "trials.json"]
         assert "KeyboardInterrupt" in errors
+        assert f"stopped; 1 trials are kept in {folder}" in out
         assert code != 0
     trials = tune(documents, folder, RATES, trials=2, progress=False, **fixed)
     assert recorded(folder)[:1] == kept

@@ -1,0 +1,88 @@
+"""Hardware: what this machine tells of its memory and its power."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from .devices import gpu_bytes_in_use, uses_gpu
+
+_CGROUP = Path("/sys/fs/cgroup")
+_POWERCAP = Path("/sys/class/powercap")
+
+
+def available_bytes() -> float:
+    """Find how much memory a training could still take: of a GPU if one is in use, else of the machine."""
+    if uses_gpu() and (sizes := _nvidia_smi("memory.total")):
+        # Not what the tool calls free: TensorFlow and JAX take nearly all of it when they start, and share it out.
+        return min(sizes) * 2**20 - gpu_bytes_in_use()
+    return min(_kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024, _container_bytes())
+
+
+def process_bytes() -> float:
+    """Read how much memory this process holds now."""
+    return _kilobytes(Path("/proc/self/status"), "VmRSS") * 1024
+
+
+def processor_joules(folder: Path = _POWERCAP) -> float | None:
+    """Read the energy counters of the processors (Linux RAPL), None where there are none or they may not be read."""
+    try:
+        # intel-rapl:0 is a whole processor, intel-rapl:0:0 a part of it.
+        counters = [p / "energy_uj" for p in folder.glob("intel-rapl:*") if p.name.count(":") == 1]
+        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
+    except (OSError, ValueError):
+        return None
+
+
+def gpu_watts() -> float | None:
+    """Read the power that all GPUs of this machine draw now, None if none is in use or the driver does not tell."""
+    readings = _nvidia_smi("power.draw") if uses_gpu() else []
+    return sum(readings) if readings else None
+
+
+def _container_bytes(root: Path = _CGROUP) -> float:
+    """Read what the control groups of this process leave it, infinity without a limit."""
+    try:
+        groups = [line.split(":", 2)[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        groups = []
+    folders = {parent for group in ["", *groups] for parent in (root / group, *(root / group).parents)}
+    folders |= {root / "memory" / folder.relative_to(root) for folder in folders if folder.is_relative_to(root)}
+    left = [
+        _group_bytes(folder, *names)
+        for folder in folders
+        # The names of version 2 and of version 1.
+        for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    ]
+    return min(left, default=float("inf"))
+
+
+def _group_bytes(folder: Path, limit_name: str, used_name: str) -> float:
+    try:
+        limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
+        stat = (folder / "memory.stat").read_text()
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return float("inf")
+    # Files that were read count as used, and make room when it is needed.
+    cached = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")), 0)
+    return limit - used + cached
+
+
+def _nvidia_smi(field: str) -> list[float]:
+    """Ask NVIDIA's tool for one figure of each GPU; empty where it is missing or does not know."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"], capture_output=True, text=True
+    )
+    try:
+        return [float(line) for line in done.stdout.split("\n") if line.strip()]
+    except ValueError:
+        return []
+
+
+def _kilobytes(file: Path, field: str) -> float:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        raise ValueError(f"Memory is read from {file}, which only Linux has.") from None
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

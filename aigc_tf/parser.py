@@ -1,0 +1,157 @@
+"""The command line: make_parser(), the commands and their options."""
+
+import argparse
+
+from . import __version__
+
+
+class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        has_default = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if has_default else action.help
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the commands and their options; `command` is the name of the one given."""
+    parser = argparse.ArgumentParser(
+        prog="aigc-tf",
+        description="Train language models on Chinese text, measure them, and let them write.",
+        epilog="Set AIGC_TF_TRACEBACK=1 to see where an error came from.",
+    )
+    parser.add_argument("--version", action="version", version=f"aigc_tf {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+
+    def add(name, help, description):
+        return commands.add_parser(name, help=help, description=description, formatter_class=_HelpWithDefaults)
+
+    demo = add(
+        "demo",
+        "train both models on the Tang poems that ship with the package, compare them, write poems",
+        "Train an LSTM and a Transformer on 14,343 Tang quatrains, a few minutes on two cores; compare their "
+        "bits per character on held-out poems with simpler models, an n-gram among them; write poems with both.",
+    )
+    demo.add_argument("--out", metavar="FOLDER", help="where to keep it: a new folder (default: runs/demo)")
+    demo.add_argument("--seed", type=int, default=0, help="the seed of everything")
+    demo.add_argument(
+        "--steps-fraction", type=float, default=1.0, metavar="F", help="do this share of the training steps"
+    )
+
+    train = add(
+        "train",
+        "train a model on your own text",
+        "Train a language model on text files, and keep it in a run folder with its tokenizer, its settings "
+        "and its figures on held-out documents.",
+    )
+    _add_paths(train)
+    train.add_argument("--out", metavar="FOLDER", help="a new folder for the run (default: one under runs/)")
+    _add_model(train)
+    train.add_argument("--user-dict", metavar="FILE", help="a jieba user dictionary, for --unit word")
+    train.add_argument(
+        "--remove-stopwords",
+        dest="stopwords",
+        metavar="LIST",
+        help="take stopwords out of the text to learn from: cn, classical or a file (for experiments)",
+    )
+    train.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="the highest learning rate")
+    train.add_argument("--weight-decay", type=float, default=0.1, metavar="W", help="weight decay of AdamW")
+    train.add_argument("--validations", type=int, default=10, metavar="N", help="evaluations on the held-out side")
+    train.add_argument("--seed", type=int, default=0, help="the seed of weights, dropout and order")
+
+    estimate = add(
+        "estimate",
+        "tell what a training would cost",
+        "Tell what a training would cost: parameters, FLOPs, memory, and after a few seconds of real training steps "
+        "on this device hours and kilowatt-hours. Takes the options of train that matter.",
+    )
+    _add_paths(estimate)
+    _add_model(estimate)
+    estimate.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S", help="how long to measure; 0 measures nothing"
+    )
+    estimate.add_argument(
+        "--watts", type=float, metavar="W", help="the power of this machine (default: read where the system tells)"
+    )
+
+    tune = add(
+        "tune",
+        "search for settings that predict better",
+        "Search for the settings of train with the lowest bits per character on held-out documents. Called again, it "
+        "goes on where it was stopped. Needs the extra: pip install 'aigc_tf[tune]'.",
+    )
+    _add_paths(tune)
+    tune.add_argument("--out", metavar="FOLDER", help="the folder of the search (default: one under runs/)")
+    tune.add_argument("--trials", type=int, metavar="N", help="trials in all (default: 20, if --minutes is not given)")
+    tune.add_argument("--minutes", type=float, metavar="M", help="begin no trial after so many minutes")
+    tune.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUES",
+        help="low..high to search a range, a,b,c a choice, one value to fix a setting of train; may be repeated",
+    )
+    tune.add_argument("--seed", type=int, default=0, help="the seed of the proposals and the runs")
+
+    evaluate = add(
+        "evaluate",
+        "measure a model on documents",
+        "Measure how well a model predicts documents: bits per character, perplexity, tokens per character.",
+    )
+    evaluate.add_argument("folder", metavar="RUN", help="a run folder")
+    _add_paths(evaluate)
+    evaluate.add_argument(
+        "--held-out", action="store_true", help="only the documents that the run's own split holds out"
+    )
+
+    generate = add("generate", "write on from a prompt", "Write on from a prompt, shown as it is written.")
+    generate.add_argument("folder", metavar="RUN", help="a run folder")
+    generate.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins")
+    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to write at the most")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token each time"
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
+    generate.add_argument(
+        "--top-p", type=float, default=0.9, metavar="P", help="choose among the likeliest tokens of this probability"
+    )
+    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts")
+    generate.add_argument("--seed", type=int, help="makes the text repeatable (default: another each time)")
+
+    info = add("info", "tell what a run folder holds", "Tell what a run folder holds, as JSON.")
+    info.add_argument(
+        "folder", nargs="?", metavar="RUN", help="a run folder; without one, the versions in use are told"
+    )
+    return parser
+
+
+def _add_paths(command) -> None:
+    command.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="text files, folders of .txt and .jsonl files, or corpora by name: corpus:laws, corpus:sanguo, "
+        "corpus:tang_quatrains",
+    )
+    command.add_argument("--field", default="text", metavar="NAME", help="the text's field in .jsonl records")
+
+
+def _add_model(command) -> None:
+    """Add what decides the size of a training."""
+    add = command.add_argument
+    add("--model", choices=("transformer", "lstm"), default="transformer", help="the architecture")
+    add("--size", choices=("tiny", "small", "base"), default="tiny", help="its dimensions")
+    add("--num-layers", type=int, metavar="N", help="layers, instead of those of --size")
+    add("--hidden-dim", type=int, metavar="N", help="width, instead of that of --size")
+    add("--num-heads", type=int, metavar="N", help="attention heads, instead of those of --size")
+    add("--dropout", type=float, default=0.1, metavar="P", help="dropout in training")
+    add("--unit", choices=("char", "word"), default="char", help="characters, or jieba words too")
+    add("--vocab-size", type=int, metavar="N", help="the largest vocabulary (default: 6000 char, 20000 word)")
+    add("--valid-fraction", type=float, default=0.05, metavar="F", help="share of held-out documents")
+    add("--context", type=int, default=128, metavar="T", help="tokens the model looks back")
+    add("--batch-size", type=int, default=16, metavar="B", help="windows in a step")
+    add("--steps", type=int, default=2000, metavar="N", help="training steps")
+    add(
+        "--precision",
+        choices=("float32", "mixed_bfloat16", "mixed_float16"),
+        default="float32",
+        help="the arithmetic; mixed_bfloat16 for GPUs, TPUs and CPUs that have it",
+    )
