@@ -13,8 +13,10 @@ from .sizes import at_least_1, dimensions
 from .training import compile_model
 
 _WARMUP_STEPS = 3  # the first compiles, the next two still warm up
-# What TensorFlow takes beside the arrays of a training step, on a CPU: measured with models of 1 to 4 layers.
-_GRAPH_BYTES, _GRAPH_BYTES_PER_LAYER = 80e6, 50e6
+# What TensorFlow takes beside the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:
+# once, and for each layer.
+_GRAPH_BYTES = {"transformer": (80e6, 50e6), "lstm": (46e6, 23e6)}
+_UNROLLED_STEPS = 32  # at most so many steps of a loop over time are in hand at once
 
 
 def estimate(
@@ -38,7 +40,8 @@ def estimate(
     All but time and energy are formulas; no model is built for them, so they also tell of a model that no
     machine here could hold. For time, real training steps of this very model run on this device for about
     `seconds`, unless it does not fit. Memory is that of the whole process, Python and TensorFlow among it. Its
-    formulas were fitted to small models on TensorFlow and a CPU; they are rough for others, and for JAX.
+    formulas were fitted to models of 1 to 4 layers on TensorFlow and a CPU, where they are within 10 % of a real
+    run (`benchmarks/estimate_accuracy.py`); on a GPU, and with JAX, they are rough.
 
     Args:
         model: "transformer" or "lstm".
@@ -91,6 +94,7 @@ def estimate(
     parameters, flops, activations, temporaries, cache = count(
         vocab_size, context, batch_size, bytes_per_float=4 if precision == "float32" else 2, **chosen
     )
+    graph, graph_per_layer = _GRAPH_BYTES[model]
     figures = {
         "parameters": parameters,
         "forward_flops_per_token": flops,
@@ -100,12 +104,7 @@ def estimate(
         "gradients_bytes": 4 * parameters,
         "optimizer_bytes": 8 * parameters,
         "activations_bytes": activations,
-        # The best weights so far, and of each matrix a copy while its gradient is clipped or applied.
-        "overhead_bytes": _GRAPH_BYTES
-        + _GRAPH_BYTES_PER_LAYER * chosen["num_layers"]
-        + 12 * parameters
-        + 0.2 * activations
-        + temporaries,
+        "overhead_bytes": graph + graph_per_layer * chosen["num_layers"] + 4 * parameters + temporaries,  # best weights
         "runtime_bytes": process_bytes(),
     }
     figures["peak_memory_bytes"] = sum(value for name, value in figures.items() if name.endswith("_bytes"))
@@ -209,7 +208,9 @@ def _count_transformer(vocab, context, batch, bytes_per_float, num_layers, num_h
     # Expanded, GELU and its parts; norms, projections, residuals and dropout masks; scores before and after softmax.
     wide, narrow, scores = 5 * m * f, d * (42 if f == 4 else 35), num_heads * t * (2 * f + 1)
     activations = batch * t * (num_layers * (wide + narrow + scores) + 16 * d + v * _logit_bytes(f))
-    return parameters, flops, activations, 0, 2 * num_layers * t * d * f
+    # Of each matrix copies while its gradient is clipped and applied, and what the allocator keeps for the next step.
+    temporaries = 8 * parameters + 0.2 * activations
+    return parameters, flops, activations, temporaries, 2 * num_layers * t * d * f
 
 
 def _count_lstm(vocab, context, batch, bytes_per_float, num_layers, hidden_dim, embedding_dim):
@@ -218,9 +219,14 @@ def _count_lstm(vocab, context, batch, bytes_per_float, num_layers, hidden_dim, 
     project = 0 if e == d else d * e
     parameters = v * e + sum(4 * d * (w + d + 1) for w in widths_in) + (project + e if project else 0)
     flops = sum(8 * d * (w + d) for w in widths_in) + 2 * project + 2 * v * e
-    activations = batch * t * (num_layers * 8 * d * f + 5 * e * f + v * _logit_bytes(f))
-    # The loop over time goes back over several steps at once, each with gradients of its own for the kernels.
-    temporaries = 16 * 4 * d * (widths_in[-1] + d) * 4
+    logits = batch * t * v * _logit_bytes(f)
+    activations = batch * t * f * sum(7 * d + 2.25 * w for w in widths_in) + logits
+    # The loop over time goes back over several steps at once, each with gradients of its own for the kernels; the
+    # logits are gone by then. In mixed precision each step forward keeps its casts of the kernels.
+    kernels = [4 * d * (w + d) for w in widths_in]
+    temporaries = max(0, 4 * max(kernels) * min(t, _UNROLLED_STEPS) - logits)
+    if f < 4:
+        temporaries += t * f * sum(kernels)
     return parameters, flops, activations, temporaries, 2 * num_layers * d * f
 
 
