@@ -1,15 +1,14 @@
-"""Generation: generate(), generate_batch(), stream(). The plain loop: one pass over the model per token."""
+"""Generation: generate(), generate_batch(), stream(): read the prompts, then draw and read a token at a time."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
 from . import sampling
+from .decoding import decoder
 from .devices import keras
 from .evaluation import check_vocabulary
 from .tokenizer import Tokenizer
-
-ops = keras.ops
 
 
 def generate(
@@ -25,8 +24,9 @@ def generate(
 ) -> str:
     """Write on from a prompt, until the model ends the document or `max_new_tokens` are written.
 
-    The model sees begin of document, the prompt and what it wrote; of more than its context T, the newest
-    T tokens.
+    The model sees begin of document, the prompt and what it wrote. An LSTM carries its state on for ever. A
+    Transformer whose context of T tokens is full goes on with the newest T / 2, which move to the first
+    positions: it always sees between T / 2 and T tokens. Another `keras.Model` sees the newest T tokens.
 
     Args:
         model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal.
@@ -160,33 +160,39 @@ def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, t
 
 
 def _steps(model, tokenizer, sequences, generators, max_new_tokens, temperature, top_k, top_p):
-    context = model.input_shape[1]
+    if not sequences:
+        return
+    decode, num_positions = decoder(model, len(sequences))
+    starts, read = [0] * len(sequences), [0] * len(sequences)
     ended = np.zeros(len(sequences), bool)
     for _ in range(max_new_tokens):
-        if ended.all():
+        going = np.flatnonzero(~ended)
+        if not len(going):
             return
-        newest = [sequence[-context:] for sequence in sequences]
-        # Padding stands to the right, where a causal model does not look.
-        window = np.full((len(sequences), context), tokenizer.PAD, np.int32)
-        for row, ids in enumerate(newest):
-            window[row, : len(ids)] = ids
-        last = [len(ids) - 1 for ids in newest]
-        logits = model.predict_on_batch(window)[np.arange(len(newest)), last]
+        unread = []
+        for row in going:
+            end = len(sequences[row])
+            if num_positions is not None and end - starts[row] > num_positions:
+                starts[row] = read[row] = end - max(1, num_positions // 2)
+            unread += [(row, at - starts[row], sequences[row][at]) for at in range(read[row], end)]
+            read[row] = end
+        logits = decode(*np.array(unread, np.int64).T.copy())
         logits[:, [tokenizer.PAD, tokenizer.BOS]] = -np.inf
-        uniforms = np.array([generator.random() for generator in generators])
-        new = np.where(ended, tokenizer.EOS, _choose(logits, uniforms, temperature, top_k, top_p))
+        uniforms = np.array([generators[row].random() for row in going])
+        new = np.full(len(sequences), tokenizer.EOS)
+        new[going] = _choose(logits, uniforms, temperature, top_k, top_p)
         ended |= new == tokenizer.EOS
-        for sequence, i in zip(sequences, new, strict=True):
-            sequence.append(int(i))
+        for row in going:
+            sequences[row].append(int(new[row]))
         yield new
 
 
 def _choose(logits: np.ndarray, uniforms: np.ndarray, temperature, top_k, top_p) -> np.ndarray:
     if temperature == 0:
         return logits.argmax(axis=-1)
-    logits = sampling.apply_temperature(ops.convert_to_tensor(logits), temperature)
+    logits = sampling.apply_temperature(logits, temperature)
     if top_k is not None:
         logits = sampling.keep_top_k(logits, top_k)
     if top_p is not None:
         logits = sampling.keep_top_p(logits, top_p)
-    return ops.convert_to_numpy(sampling.draw(logits, ops.convert_to_tensor(uniforms, "float32")))
+    return sampling.draw(logits, uniforms)

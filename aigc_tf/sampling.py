@@ -1,12 +1,20 @@
 """Sampling: pure functions from logits to logits, and one from logits to ids.
 
 All work along the last axis, on any number of leading ones; a token that must not come has the logit
-minus infinity. They are written with `keras.ops`, so they also run inside a compiled loop.
+minus infinity. They take NumPy arrays and give NumPy arrays, without loading Keras; tensors of Keras they
+give back as such, so they also run inside a compiled loop.
 """
 
-from .devices import keras
+import numpy as np
 
-ops = keras.ops
+
+def _ops(x):
+    """Return the library that an array belongs to, `numpy` or `keras.ops`: both know the functions used here."""
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np
+    from .devices import keras
+
+    return keras.ops
 
 
 def apply_temperature(logits, temperature: float):
@@ -37,7 +45,7 @@ def keep_top_k(logits, k: int):
         >>> ops.convert_to_numpy(keep_top_k(ops.array([[1.0, 3.0, 2.0]]), 2)).tolist()
         [[-inf, 3.0, 2.0]]
     """
-    return _keep(logits, _inverse(_descending_order(logits)) < k)
+    return _keep_likeliest(logits, k)
 
 
 def keep_top_p(logits, p: float):
@@ -53,11 +61,10 @@ def keep_top_p(logits, p: float):
     Source:
         A. Holtzman et al., "The curious case of neural text degeneration" (2020).
     """
-    order = _descending_order(logits)
-    probabilities = ops.take_along_axis(ops.softmax(logits, axis=-1), order, axis=-1)
+    ops = _ops(logits)
+    probabilities = ops.flip(ops.sort(softmax(logits), axis=-1), axis=-1)
     before = ops.cumsum(probabilities, axis=-1) - probabilities
-    # Back from the sorted order to that of the ids.
-    return _keep(logits, ops.take_along_axis(before < p, _inverse(order), axis=-1))
+    return _keep_likeliest(logits, ops.sum(ops.where(before < p, 1, 0), axis=-1, keepdims=True))
 
 
 def draw(logits, uniforms):
@@ -77,23 +84,36 @@ def draw(logits, uniforms):
         >>> [int(draw(logits, ops.array([u]))[0]) for u in (0.0, 0.24, 0.26, 0.74, 0.76)]
         [0, 0, 1, 1, 2]
     """
-    probabilities = ops.softmax(logits, axis=-1)
-    cumulative = ops.cumsum(probabilities, axis=-1)
+    ops = _ops(logits)
+    cumulative = ops.cumsum(softmax(logits), axis=-1)
     # Scaled by the last sum, which rounding leaves beside 1; so the threshold stays below it, and a token of
     # probability 0 never adds to the sum, so it is never the first above the threshold.
-    threshold = ops.expand_dims(ops.cast(uniforms, cumulative.dtype), -1) * cumulative[..., -1:]
-    return ops.argmax(ops.cast(cumulative > threshold, "int32"), axis=-1)
+    threshold = ops.expand_dims(uniforms, -1) * cumulative[..., -1:]
+    return ops.argmax(ops.where(cumulative > threshold, 1, 0), axis=-1)
 
 
-def _keep(logits, kept):
-    return ops.where(kept, logits, ops.cast(-float("inf"), logits.dtype))
+def softmax(logits):
+    """Turn logits into probabilities.
+
+    Args:
+        logits: (..., V), float; at least one above minus infinity.
+
+    Returns:
+        Probabilities (..., V), which sum to 1.
+    """
+    ops = _ops(logits)
+    odds = ops.exp(logits - ops.max(logits, axis=-1, keepdims=True))
+    return odds / ops.sum(odds, axis=-1, keepdims=True)
 
 
-def _descending_order(logits):
-    """Sort token ids by falling logit, equal ones by rising id."""
-    return ops.argsort(-logits, axis=-1)
-
-
-def _inverse(permutation):
-    """Invert permutations along the last axis: from "the id at each rank" to "the rank of each id"."""
-    return ops.argsort(permutation, axis=-1)
+def _keep_likeliest(logits, count):
+    """Keep the `count` largest logits of each row, an integer or (..., 1); of equal ones, those of the lowest ids."""
+    ops = _ops(logits)
+    vocab_size = logits.shape[-1]
+    falling = ops.flip(ops.sort(logits, axis=-1), axis=-1)
+    index = ops.broadcast_to(ops.minimum(count, vocab_size) - 1, (*logits.shape[:-1], 1))
+    border = ops.take_along_axis(falling, index, axis=-1)
+    above, at = logits > border, logits == border
+    places_left = count - ops.sum(ops.where(above, 1, 0), axis=-1, keepdims=True)
+    kept = above | (at & (ops.cumsum(ops.where(at, 1, 0), axis=-1) <= places_left))
+    return ops.where(kept, logits, -float("inf"))

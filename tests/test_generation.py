@@ -7,7 +7,7 @@ import aigc_tf
 from aigc_tf import Tokenizer, generate, generate_batch, stream
 from aigc_tf.devices import keras
 
-T = 12
+T = 48
 
 
 @pytest.fixture

@@ -1,0 +1,213 @@
+import json
+
+import numpy as np
+import pytest
+
+from aigc_tf import decoding, generate, generate_batch, load, save
+from aigc_tf.devices import keras
+from aigc_tf.weights import LstmWeights, read_weights
+
+T, V = 12, 301
+LENGTHS = [5, 1, 9]
+
+
+def spread(model):
+    """Untrained logits are all alike: spread them, biases and norms too, so that each weight and position tells."""
+    generator = np.random.default_rng(0)
+    for weight in model.trainable_weights:
+        noise = generator.normal(size=weight.shape, scale=0.1)
+        weight.assign(weight * 4 + noise)
+    return model
+
+
+def weights_of(model):
+    config = json.loads(model.to_json())["config"]
+    return read_weights(config, lambda name: model.get_layer(name).get_weights())
+
+
+@pytest.fixture(params=[0.0, 0.1], ids=["", "dropout"])
+def model(build, request):
+    return spread(build(V, T, dropout=request.param))
+
+
+@pytest.fixture
+def texts():
+    return np.random.default_rng(1).integers(0, V, (len(LENGTHS), T))
+
+
+def tokens(texts, spans):
+    """Return (rows, positions, ids) of texts[row][start:end]."""
+    triples = [(row, at, texts[row][at]) for row, (start, end) in spans.items() for at in range(start, end)]
+    return np.array(triples, np.int64).T.copy()
+
+
+def decoders(model):
+    """Each decoder there is for a model, and how near it comes to the model's own logits."""
+    weights = weights_of(model)
+    yield decoding.weights_decoder(weights, len(LENGTHS), compiled=False)[0], 1e-4
+    if not isinstance(weights, LstmWeights):
+        yield decoding.weights_decoder(weights, len(LENGTHS), compiled=True)[0], 3e-3
+    yield decoding._plain_decoder(model, len(LENGTHS)), 1e-5
+
+
+def test_logits_are_those_of_the_graph(model, texts):
+    expected = np.array(model.predict_on_batch(texts))
+    assert expected.std() > 0.5
+    for decode, tolerance in decoders(model):
+        # Prompts of three lengths in one call, then a token a call, of rows that fall out one by one.
+        prompts = {row: (0, length) for row, length in enumerate(LENGTHS)}
+        np.testing.assert_allclose(
+            decode(*tokens(texts, prompts)), expected[range(3), np.array(LENGTHS) - 1], atol=tolerance
+        )
+        for step in range(T):
+            spans = {row: (n + step, n + step + 1) for row, n in enumerate(LENGTHS) if n + step < T}
+            if spans:
+                rows, positions, ids = tokens(texts, spans)
+                logits = decode(rows, positions, ids)
+                np.testing.assert_allclose(logits, expected[rows, positions], atol=tolerance)
+                assert logits.shape == (len(spans), V)
+
+
+def test_a_row_can_begin_anew_and_read_pieces_of_any_length(model, texts):
+    expected = np.array(model.predict_on_batch(texts))
+    for decode, tolerance in decoders(model):
+        decode(*tokens(texts[::-1], {0: (0, T), 1: (0, T), 2: (0, T)}))
+        for start, end in ((0, 2), (2, 7), (7, T)):
+            logits = decode(*tokens(texts, {0: (start, end), 2: (start, end)}))
+            np.testing.assert_allclose(logits, expected[[0, 2], end - 1], atol=tolerance)
+
+
+def greedy(model, tokenizer, prompt, max_new_tokens, window):
+    """The likeliest token each time, after the tokens that `window` chooses, by the plain graph."""
+    ids = [tokenizer.BOS, *tokenizer.encode(prompt)]
+    first = len(ids)
+    for _ in range(max_new_tokens):
+        seen = window(ids)
+        logits = np.array(model.predict_on_batch(np.array([seen + [0] * (model.input_shape[1] - len(seen))])))
+        logits = logits[0, len(seen) - 1]
+        logits[[tokenizer.PAD, tokenizer.BOS]] = -np.inf
+        if logits.argmax() == tokenizer.EOS:
+            break
+        ids.append(int(logits.argmax()))
+    return prompt + tokenizer.decode(ids[first:])
+
+
+class Halves:
+    """The newest tokens from a start that moves on when more than T stand after it, to the newest T / 2."""
+
+    start = 0
+
+    def __call__(self, ids):
+        if len(ids) - self.start > T:
+            self.start = len(ids) - T // 2
+        return ids[self.start :]
+
+
+@pytest.mark.parametrize("prompt", ["", "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"])
+def test_beyond_the_context(build, tokenizer, prompt):
+    model = spread(build(tokenizer.vocab_size, T))
+    if build.architecture == "lstm":  # its state goes on: as if the context were longer
+        longer = build(tokenizer.vocab_size, 64)
+        longer.set_weights(model.get_weights())
+        expected = greedy(longer, tokenizer, prompt, 30, lambda ids: ids)
+    else:
+        expected = greedy(model, tokenizer, prompt, 30, Halves())
+    assert len(tokenizer.encode(expected)) > 2 * T
+    assert generate(model, tokenizer, prompt, max_new_tokens=30, temperature=0) == expected
+    assert generate_batch(model, tokenizer, ["日", prompt], max_new_tokens=30, temperature=0)[1] == expected
+
+
+def other_graphs():
+    """Models with the names and weights of ours that compute something else, by what is different."""
+    layers, ops = keras.layers, keras.ops
+
+    def transformer(norm_first=True, act="gelu", causal=True, epsilon=1e-5, approximate=True, offset=1, more=0):
+        norm = lambda name: layers.LayerNormalization(epsilon=epsilon, name=name)  # noqa: E731
+        ids = keras.Input((T,), dtype="int32", name="ids")
+        table = layers.ReversibleEmbedding(V, 8, name="token_embedding")
+        positions = ops.cumsum(ops.ones_like(ids), 1) - offset
+        x = table(ids) + layers.Embedding(T + more, 8, name="position_embedding")(positions)
+        y = norm("block_0_attention_norm")(x) if norm_first else x
+        x = x + layers.MultiHeadAttention(2, 4, name="block_0_attention")(y, y, use_causal_mask=causal)
+        y = norm("block_0_mlp_norm")(x)
+        y = layers.Dense(16, name="block_0_mlp_expand")(y)
+        y = ops.gelu(y, approximate=approximate) if act == "gelu" else ops.relu(y)
+        x = x + layers.Dense(8, name="block_0_mlp_project")(y)
+        x = norm("final_norm")(x)
+        return keras.Model(ids, layers.Identity(name="logits")(table(x, reverse=True)), name="transformer")
+
+    def lstm(activation="tanh", go_backwards=False, head_activation=None):
+        ids = keras.Input((T,), dtype="int32", name="ids")
+        table = layers.ReversibleEmbedding(V, 8, name="token_embedding")
+        x = table(ids)
+        x = layers.LSTM(8, activation, return_sequences=True, go_backwards=go_backwards, name="lstm_0")(x)
+        x = layers.Dense(8, activation=head_activation, name="head")(x)
+        return keras.Model(ids, layers.Identity(name="logits")(table(x, reverse=True)), name="lstm")
+
+    assert weights_of(transformer()) is not None
+    assert weights_of(lstm()) is not None
+    yield transformer(norm_first=False)
+    yield transformer(act="relu")
+    yield transformer(causal=False)
+    yield transformer(epsilon=1e-3)
+    yield transformer(approximate=False)
+    yield transformer(offset=0, more=1)
+    yield transformer(more=1)
+    yield lstm(activation="relu")
+    yield lstm(go_backwards=True)
+    yield lstm(head_activation="tanh")
+    yield keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(V, V)])
+
+
+def test_a_model_that_differs_in_one_thing_is_read_through_itself(texts):
+    for other in other_graphs():
+        config = json.loads(other.to_json())["config"]
+        assert read_weights(config, lambda name, other=other: other.get_layer(name).get_weights()) is None
+        decode, num_positions = decoding.decoder(other, 1)
+        assert num_positions is None
+        np.testing.assert_allclose(
+            decode(*tokens(texts, {0: (0, T)}))[0], np.array(other.predict_on_batch(texts[:1]))[0, -1], atol=1e-6
+        )
+
+
+def test_a_layer_that_cannot_tell_its_configuration_is_no_obstacle(tokenizer):
+    class Doubled(keras.layers.Layer):
+        def __init__(self, factor):
+            super().__init__()
+            self.factor = [factor, object()]
+
+        def call(self, x):
+            return x * self.factor[0]
+
+    ids = keras.Input((T,), dtype="int32")
+    model = keras.Model(ids, Doubled(2.0)(keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)(ids)))
+    assert generate(model, tokenizer, "白", max_new_tokens=3, seed=0).startswith("白")
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_a_loaded_model_of_any_precision_is_read_fast(build, tokenizer, tmp_path, precision):
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        model = build(tokenizer.vocab_size, T)
+    finally:
+        keras.config.set_dtype_policy(previous)
+    save(tmp_path / "run", model, tokenizer)
+    loaded, _ = load(tmp_path / "run")
+    ours, theirs = weights_of(model), weights_of(loaded)
+    assert ours is not None
+    np.testing.assert_array_equal(ours.token_embedding, theirs.token_embedding)
+    assert ours.token_embedding.dtype == np.float32
+
+
+def test_an_untied_lstm_is_read_fast(texts):
+    from aigc_tf import lstm
+
+    for settings in ({"tie_embeddings": False}, {"embedding_dim": 16}):
+        model = spread(lstm(V, T, hidden_dim=16, **settings))
+        decode, num_positions = decoding.decoder(model, 1)
+        assert weights_of(model) is not None
+        assert num_positions is None
+        np.testing.assert_allclose(
+            decode(*tokens(texts, {0: (0, T)}))[0], np.array(model.predict_on_batch(texts[:1]))[0, -1], atol=1e-4
+        )
