@@ -135,7 +135,7 @@ def _lstm_decoder(weights: LstmWeights, num_rows: int) -> Decoder:
         order = np.arange(len(rows)) - np.searchsorted(rows, rows)  # the first token of each row, the second, ...
         for i in range(order.max() + 1):
             step(rows[order == i], ids[order == i])
-        x = hidden[-1][np.unique(rows)]
+        x = hidden[-1][rows[_last_of_each_row(rows)]]
         for matrix, bias in weights.head:
             x = x @ matrix.T + bias
         return x

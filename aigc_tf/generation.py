@@ -26,7 +26,7 @@ def generate(
 
     The model sees begin of document, the prompt and what it wrote. An LSTM carries its state on for ever. A
     Transformer whose context of T tokens is full goes on with the newest T / 2, which move to the first
-    positions: it always sees between T / 2 and T tokens. Another `keras.Model` sees the newest T tokens.
+    positions, and sees between T / 2 and T tokens from then on. Another `keras.Model` sees the newest T tokens.
 
     Args:
         model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal.
