@@ -25,7 +25,7 @@ _PUBLIC = {
     "evaluation": ("baselines", "evaluate"),
     "training": ("train",),
     "generation": ("generate", "generate_batch", "stream"),
-    "saving": ("load", "read_run", "save", "versions"),
+    "saving": ("load", "load_writer", "read_run", "save", "versions"),
     "estimation": ("estimate", "memory_warning"),
     "pipeline": ("run_pipeline",),
     "tuning": ("tune",),

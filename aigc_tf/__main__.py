@@ -137,27 +137,35 @@ def _evaluate(options) -> None:
         print(describe_figure(name, value))
 
 
-def _generate(options) -> None:
-    from .generation import check_sampling, stream
+_PUNCTUATION = "，。、；：？！“”‘’（）《》…—\n"
 
-    sampling = {
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-    }
-    check_sampling(**sampling)
+
+def _generate(options) -> None:
+    from .generation import check_generation, generate, stream
+    from .sampler import Settings
+
+    names = {"max_new_tokens", "best_of", "num_beams", "length_penalty", *Settings._fields}
+    settings = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if options.exempt:
+        from .segmentation import load_stopwords
+
+        settings["exempt"] = load_stopwords(options.exempt) | set(_PUNCTUATION)
+    check_generation(**settings)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, got {options.num_samples}.")
-    from .saving import load
+    from .saving import load_writer
 
-    model, tokenizer = load(options.folder)
+    model, tokenizer = load_writer(options.folder)
+    at_once = "best_of" in settings or "num_beams" in settings
     for i in range(options.num_samples):
         if i:
             print()
         seed = None if options.seed is None else options.seed + i
-        for piece in stream(model, tokenizer, options.prompt, seed=seed, **sampling):
-            print(piece, end="", flush=True)
+        if at_once:
+            print(generate(model, tokenizer, options.prompt, seed=seed, **settings), end="")
+        else:
+            for piece in stream(model, tokenizer, options.prompt, seed=seed, **settings):
+                print(piece, end="", flush=True)
         print()
 
 

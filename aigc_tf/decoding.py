@@ -1,10 +1,5 @@
 """Decoding: logits after the newest tokens, each token read once, with a KV cache or an LSTM's carried state.
 
-A decoder is a function from `(rows, positions, ids)`, `int64 (R,)` each, to logits `float32 (B', V)`: it reads
-R tokens, token r at position `positions[r]` of the text in row `rows[r]`, and gives the logits after the last
-token of each row that occurs, in the order of the rows. Rows rise, and positions rise within a row; so a batch
-of prompts of any lengths is read in one call without padding, and later each row takes one token a call.
-
 The arithmetic is NumPy's, over the weights of a model that `models.py` builds, told by its graph; `kernels.py`
 does the same compiled, where numba is installed. Any other model is read through itself, window by window.
 """
@@ -13,53 +8,98 @@ import contextlib
 import importlib.util
 import json
 import math
+import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from .devices import keras
 from .weights import LstmWeights, TransformerWeights, read_weights
 
-Decoder = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+class Decoder(NamedTuple):
+    """What reads a number of texts, a row each.
+
+    Attributes:
+        read: from `(rows, positions, ids)`, `int64 (R,)` each, to logits `float32 (B', V)`: it reads R tokens, token
+            r at position `positions[r]` of the text in row `rows[r]`, and gives the logits after the last token of
+            each row that occurs, in the order of the rows. Rows rise, and positions rise within a row; so prompts
+            of any lengths are read in one call without padding, and later each row takes one token a call.
+        copy: from `int (num_rows,)`: let row r go on from what the row named there has read.
+        num_positions: how many positions a text may have; None if it may go on for ever.
+    """
+
+    read: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    copy: Callable[[np.ndarray], None]
+    num_positions: int | None = None
 
 
-def decoder(model, num_rows: int) -> tuple[Decoder, int | None]:
+def decoder(model, num_rows: int, compiled: bool) -> Decoder:
     """Make a decoder of a model for a number of texts. It computes in float32, whatever the model's precision.
 
     Args:
-        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal.
+        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; or weights that `read_weights` gave.
         num_rows: how many texts it shall read at once.
+        compiled: use `kernels.py`; of no account for any other model.
 
     Returns:
-        The decoder, and how many positions a text may have; None if it may go on for ever.
+        A `Decoder`.
     """
-    weights = None
-    if isinstance(model, keras.Model):
-        with contextlib.suppress(NotImplementedError):  # of a layer of the user's that cannot tell its configuration
-            config = json.loads(model.to_json())["config"]
-            weights = read_weights(config, lambda name: model.get_layer(name).get_weights())
+    weights = model_weights(model)
     if weights is None:
-        return _plain_decoder(model, num_rows), None
-    return weights_decoder(weights, num_rows)
+        return _plain_decoder(model, num_rows)
+    if compiled:
+        from . import kernels
+
+        read, copy = kernels.decoder(weights, num_rows)
+        return Decoder(
+            lambda rows, positions, ids: read(rows, positions, ids, _last_of_each_row(rows)), copy, _positions(weights)
+        )
+    make = _lstm_decoder if isinstance(weights, LstmWeights) else _transformer_decoder
+    return Decoder(*make(weights, num_rows), _positions(weights))
 
 
-def weights_decoder(weights, num_rows: int, compiled: bool | None = None) -> tuple[Decoder, int | None]:
-    """Make a decoder of weights that `read_weights` gave.
+def _positions(weights) -> int | None:
+    return None if isinstance(weights, LstmWeights) else len(weights.position_embedding)
 
-    Args:
-        weights: the weights.
-        num_rows: see `decoder`.
-        compiled: use `kernels.py`; None does where numba is installed.
 
-    Returns:
-        See `decoder`.
+# Multiplications, in which NumPy takes about as long as loading numba and its compiled code. (Measured 0.6 s, and
+# 0.75 and 2 milliseconds more a token for models of 5 and 14 million parameters.)
+_WORK_WORTH_LOADING_NUMBA = 5e9
+
+
+def is_compiled(model, num_tokens: int) -> bool:
+    """Tell whether to use `kernels.py`: where numba is installed, and for bare weights where there is much to write.
+
+    Whoever comes with bare weights has not loaded Keras, and waits for a first answer.
     """
-    if isinstance(weights, LstmWeights):
-        return _lstm_decoder(weights, num_rows), None
-    if compiled is None:
-        compiled = importlib.util.find_spec("numba") is not None
-    make = _compiled_transformer_decoder if compiled else _transformer_decoder
-    return make(weights, num_rows), len(weights.position_embedding)
+    if importlib.util.find_spec("numba") is None:
+        return False
+    if isinstance(model, TransformerWeights | LstmWeights):
+        return model.num_parameters * num_tokens > _WORK_WORTH_LOADING_NUMBA
+    return True
+
+
+_read_before = weakref.WeakKeyDictionary()  # model -> the values of its variables, and the weights made of them
+
+
+def model_weights(model) -> TransformerWeights | LstmWeights | None:
+    """Read the weights of a model that `models.py` builds, or return None; the same object while they are equal."""
+    if isinstance(model, TransformerWeights | LstmWeights):
+        return model
+    if not hasattr(model, "get_layer"):  # no Keras model
+        return None
+    values = {id(variable): value for variable, value in zip(model.weights, model.get_weights(), strict=True)}
+    before, weights = _read_before.get(model, ({}, None))
+    if before.keys() == values.keys() and all(np.array_equal(values[key], before[key]) for key in before):
+        return weights
+    with contextlib.suppress(NotImplementedError):  # of a layer of the user's that cannot tell its configuration
+        config = json.loads(model.to_json())["config"]
+        weights = read_weights(
+            config, lambda name: [values[id(variable)] for variable in model.get_layer(name).weights]
+        )
+    _read_before[model] = values, weights
+    return weights
 
 
 # --- the decoders --------------------------------------------------------------------------------------------
@@ -70,26 +110,18 @@ def _last_of_each_row(rows: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.append(rows[1:] != rows[:-1], True))
 
 
-def _compiled_transformer_decoder(weights: TransformerWeights, num_rows: int) -> Decoder:
-    from . import kernels
-
-    decode = kernels.transformer_decoder(weights, num_rows)
-    return lambda rows, positions, ids: decode(rows, positions, ids, _last_of_each_row(rows))
-
-
-def _transformer_decoder(weights: TransformerWeights, num_rows: int) -> Decoder:
-    (num_blocks, _, dim), context = weights.attention_norm.shape, len(weights.position_embedding)
-    num_heads = weights.num_heads
+def _transformer_decoder(weights: TransformerWeights, num_rows: int):
+    context, dim = weights.position_embedding.shape
+    num_blocks, num_heads = len(weights.blocks), weights.num_heads
     keys, values = np.zeros((2, num_blocks, num_rows, num_heads, context, dim // num_heads), np.float32)
     scale = np.float32((dim // num_heads) ** -0.5)
 
-    def decode(rows, positions, ids):
+    def read(rows, positions, ids):
         x = weights.token_embedding[ids] + weights.position_embedding[positions]
         last = _last_of_each_row(rows)
         texts = [(rows[end], slice(start, end + 1)) for start, end in zip([0, *last + 1], last, strict=False)]
-        for i in range(num_blocks):
-            y = _norm(x, weights.attention_norm[i])
-            y = y @ weights.attention[i].T + weights.attention_bias[i]
+        for i, block in enumerate(weights.blocks):
+            y = _norm(x, block.attention_norm) @ block.attention + block.attention_bias
             query, key, value = y.reshape(len(ids), 3, num_heads, -1).transpose(1, 0, 2, 3)
             keys[i, rows, :, positions], values[i, rows, :, positions] = key, value
             attended = np.empty_like(query)
@@ -100,12 +132,16 @@ def _transformer_decoder(weights: TransformerWeights, num_rows: int) -> Decoder:
                 scores = np.exp(scores - scores.max(-1, keepdims=True))
                 scores /= scores.sum(-1, keepdims=True)
                 attended[tokens] = (scores @ values[i, row, :, :until]).transpose(1, 0, 2)
-            x = x + attended.reshape(len(ids), dim) @ weights.output[i].T + weights.output_bias[i]
-            y = _norm(x, weights.mlp_norm[i]) @ weights.expand[i].T + weights.expand_bias[i]
-            x = x + _gelu(y) @ weights.project[i].T + weights.project_bias[i]
+            x = x + attended.reshape(len(ids), dim) @ block.output + block.output_bias
+            y = _gelu(_norm(x, block.mlp_norm) @ block.expand + block.expand_bias)
+            x = x + y @ block.project + block.project_bias
         return _norm(x[last], weights.final_norm) @ weights.token_embedding.T
 
-    return decode
+    def copy(parents):
+        moved = np.flatnonzero(parents != np.arange(num_rows))
+        keys[:, moved], values[:, moved] = keys[:, parents[moved]], values[:, parents[moved]]
+
+    return read, copy
 
 
 def _norm(x: np.ndarray, scale_and_offset: np.ndarray) -> np.ndarray:
@@ -117,18 +153,18 @@ def _gelu(x: np.ndarray) -> np.ndarray:
     return np.float32(0.5) * x * (1 + np.tanh(np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x**3)))
 
 
-def _lstm_decoder(weights: LstmWeights, num_rows: int) -> Decoder:
+def _lstm_decoder(weights: LstmWeights, num_rows: int):
     hidden, cell = ([np.zeros((num_rows, len(bias) // 4), np.float32) for _, bias in weights.layers] for _ in range(2))
 
     def step(rows, ids):
         x = weights.token_embedding[ids]
         for i, (matrix, bias) in enumerate(weights.layers):
-            gates = np.concatenate([x, hidden[i][rows]], axis=1) @ matrix.T + bias
+            gates = np.concatenate([x, hidden[i][rows]], axis=1) @ matrix + bias
             put, forget, candidate, out = np.split(gates, 4, axis=1)
             cell[i][rows] = _sigmoid(forget) * cell[i][rows] + _sigmoid(put) * np.tanh(candidate)
             x = hidden[i][rows] = _sigmoid(out) * np.tanh(cell[i][rows])
 
-    def decode(rows, positions, ids):
+    def read(rows, positions, ids):
         new = rows[positions == 0]
         for state in (*hidden, *cell):
             state[new] = 0
@@ -137,10 +173,14 @@ def _lstm_decoder(weights: LstmWeights, num_rows: int) -> Decoder:
             step(rows[order == i], ids[order == i])
         x = hidden[-1][rows[_last_of_each_row(rows)]]
         for matrix, bias in weights.head:
-            x = x @ matrix.T + bias
+            x = x @ matrix + bias
         return x
 
-    return decode
+    def copy(parents):
+        for state in (*hidden, *cell):
+            state[:] = state[parents]
+
+    return read, copy
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
@@ -151,7 +191,7 @@ def _plain_decoder(model, num_rows: int) -> Decoder:
     context = model.input_shape[1]
     texts = [[] for _ in range(num_rows)]
 
-    def decode(rows, positions, ids):
+    def read(rows, positions, ids):
         for row, position, i in zip(rows, positions, ids, strict=True):
             texts[row][position:] = [i]
         newest = [texts[row][-context:] for row in rows[_last_of_each_row(rows)]]
@@ -162,4 +202,7 @@ def _plain_decoder(model, num_rows: int) -> Decoder:
         logits = model.predict_on_batch(window)
         return np.array(logits)[np.arange(len(newest)), [len(text) - 1 for text in newest]]
 
-    return decode
+    def copy(parents):
+        texts[:] = [list(texts[parent]) for parent in parents]
+
+    return Decoder(read, copy)

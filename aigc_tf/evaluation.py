@@ -7,7 +7,7 @@ import numpy as np
 
 from .devices import keras
 from .ngram import Ngram, estimate
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_vocabulary
 
 _LOGITS_BYTES = 2**25  # of one batch: larger ones are no faster on a CPU
 _BASELINE_ORDER = 5  # the usual one; 6 gains nothing on the shipped poems, and 1.5 % on statutes
@@ -48,15 +48,6 @@ def evaluate(model: keras.Model | Ngram, tokenizer: Tokenizer, documents: list[s
         nats = _ngram_nats(model, _in_one_row(tokenizer.encode_documents(documents)))
         return _figures(float(nats.sum()), len(nats), documents)
     return evaluate_scorer(scorer(model), tokenizer, documents)
-
-
-def check_vocabulary(model: keras.Model | Ngram, tokenizer: Tokenizer) -> None:
-    """Refuse a model and a tokenizer that do not belong together."""
-    if model.output_shape[-1] != tokenizer.vocab_size:
-        raise ValueError(
-            f"Model and tokenizer must have the same vocabulary size, got {model.output_shape[-1]} "
-            f"and {tokenizer.vocab_size}. Build the model with tokenizer.vocab_size."
-        )
 
 
 def scorer(model: keras.Model) -> keras.Model:

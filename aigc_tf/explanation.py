@@ -7,9 +7,9 @@ import re
 import numpy as np
 
 from .devices import keras
-from .evaluation import batches, check_vocabulary
+from .evaluation import batches
 from .ngram import Ngram
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_vocabulary
 
 _SCALE_BITS = 16  # where the colours of a strip end; the same for all models, so that strips can be compared
 _MAX_MAP_TOKENS = 128  # a larger table can neither be read nor scrolled

@@ -1,89 +1,101 @@
-"""Generation: generate(), generate_batch(), stream(): read the prompts, then draw and read a token at a time."""
+"""Generation: generate(), generate_batch(), stream(): read the prompts, then choose and read a token at a time."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from . import sampling
-from .decoding import decoder
-from .devices import keras
-from .evaluation import check_vocabulary
-from .tokenizer import Tokenizer
+from .beams import search_beams
+from .decoding import decoder, is_compiled
+from .forcing import Forcing
+from .sampler import Sampler, Settings, check_settings
+from .sampling import log_softmax
+from .texts import Texts
+from .tokenizer import Tokenizer, check_vocabulary
 
 
-def generate(
-    model: keras.Model,
-    tokenizer: Tokenizer,
-    prompt: str = "",
-    *,
-    max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.9,
-    seed: int | None = None,
-) -> str:
+def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> str:
     """Write on from a prompt, until the model ends the document or `max_new_tokens` are written.
 
     The model sees begin of document, the prompt and what it wrote. An LSTM carries its state on for ever. A
     Transformer whose context of T tokens is full goes on with the newest T / 2, which move to the first
     positions, and sees between T / 2 and T tokens from then on. Another `keras.Model` sees the newest T tokens.
 
+    The next token is drawn from the model's distribution, changed in this order by the settings that are given:
+    `logit_bias`, `no_repeat_ngram`, `banned`, the penalties, `temperature`, `top_k`, `typical_p`, `top_p`, `min_p`.
+
     Args:
-        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal.
+        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal: a `keras.Model`, an `Ngram`, or what
+            `aigc_tf.load_writer` gives.
         tokenizer: the tokenizer the model was trained with.
         prompt: how the text begins; it may be empty, or longer than the context.
-        max_new_tokens: how many tokens to write at the most.
-        temperature: 0 takes the likeliest token each time; below 1 is more careful than the model, above 1
-            more daring.
-        top_k: choose among the k likeliest tokens only.
-        top_p: choose among the fewest likeliest tokens that together have at least this probability; None
-            chooses among all, the model as it is.
-        seed: makes the text repeatable; None takes another each time.
+        **settings: by name:
+
+            max_new_tokens (100): how many tokens to write at the most.
+            seed (None): makes the text repeatable; None takes another each time.
+            temperature (0.8): 0 takes the likeliest token each time; below 1 is more careful than the model, above
+            1 more daring.
+            top_k (None): choose among the k likeliest tokens only.
+            top_p (0.9): choose among the fewest likeliest tokens that together have at least this probability;
+            None chooses among all, the model as it is.
+            min_p (None): leave out tokens less than this times as likely as the likeliest.
+            typical_p (None): choose among the fewest tokens of nearly the expected surprisal that together have
+            at least this probability.
+            repetition_penalty (1): the power to which the probability of a token is raised that stands in the
+            prompt or the text already; above 1 repeats less.
+            presence_penalty (0), frequency_penalty (0): taken off the logit of a token that was written already,
+            once or for each time.
+            no_repeat_ngram (None): n; no n tokens in a row come twice.
+            exempt (none): words that the penalties and the n-gram rule leave alone, each a token by itself, such
+            as `aigc_tf.load_stopwords("cn")` and punctuation: 的 and ， repeat by right.
+            banned (none): words that must not be written, however they are spelt in tokens.
+            forced (none): words that must be written; each comes where it is likely compared with the text before,
+            and at the latest when the tokens run out.
+            logit_bias (none): from a token (its text, or its id) to what is added to its logit; minus infinity
+            bans it.
+            best_of (1): write so many texts, and keep the one whose tokens the model finds likeliest on average.
+            num_beams (1): above 1, no chance: search for the likeliest text with so many texts kept at a time.
+            length_penalty (1): of such texts the one with the highest log-probability over its number of tokens
+            to this power is kept; more prefers longer texts.
 
     Returns:
-        `str`, the prompt and what was written.
+        `str`, the prompt and what was written. If the last token ends amidst a character, that is left out.
 
     Raises:
-        ValueError: a setting is out of range, or model and tokenizer do not belong together.
+        ValueError: a setting is unknown or out of range, or model and tokenizer do not belong together.
+
+    Source:
+        Of each way to choose, at its function in `sampling.py`; beam search after Y. Wu et al., "Google's neural
+        machine translation system" (2016), with the plain power of the length.
     """
-    return "".join(
-        stream(
-            model,
-            tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
-    )
+    return generate_batch(model, tokenizer, [prompt], **settings)[0]
 
 
 def generate_batch(
-    model: keras.Model,
+    model,
     tokenizer: Tokenizer,
     prompts: list[str],
     *,
     max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.9,
     seed: int | None = None,
+    best_of: int = 1,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    **sampling,
 ) -> list[str]:
     """Write on from several prompts at once; for several samples repeat a prompt.
 
     Prompt i gives what `generate` gives alone with `seed + i`.
 
     Args:
-        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal.
-        tokenizer: the tokenizer the model was trained with.
+        model: see `generate`.
+        tokenizer: see `generate`.
         prompts: how each text begins, of any lengths.
-        max_new_tokens: how many tokens to write at the most, for each.
-        temperature: see `generate`.
-        top_k: see `generate`.
-        top_p: see `generate`.
+        max_new_tokens: see `generate`; so many for each.
         seed: see `generate`.
+        best_of: see `generate`.
+        num_beams: see `generate`.
+        length_penalty: see `generate`.
+        **sampling: see `generate`.
 
     Returns:
         `list[str]`, each prompt and what was written.
@@ -91,36 +103,50 @@ def generate_batch(
     Raises:
         ValueError: see `generate`.
     """
-    written = [[] for _ in prompts]
-    steps = _generate_ids(model, tokenizer, prompts, max_new_tokens, temperature, top_k, top_p, seed)
-    for ids in steps:
-        for row, i in enumerate(ids):
-            written[row].append(i)
-    return [prompt + tokenizer.decode(ids) for prompt, ids in zip(prompts, written, strict=True)]
+    settings = check_generation(max_new_tokens, best_of, num_beams, length_penalty, **sampling)
+    check_vocabulary(model, tokenizer)
+    if not prompts:
+        return []
+    compiled = is_compiled(model, len(prompts) * best_of * num_beams * max_new_tokens)
+    sampler = Sampler(tokenizer, settings, compiled)
+    forcings = _forcings(sampler, tokenizer, prompts, best_of, max_new_tokens)
+    texts = _texts(model, tokenizer, prompts, best_of * num_beams, max_new_tokens, compiled)
+    if num_beams > 1:
+        written = search_beams(texts, sampler, num_beams, max_new_tokens, length_penalty)
+    else:
+        log_probabilities = np.zeros(len(texts.ids))
+        uniforms = _uniforms(len(prompts), best_of, max_new_tokens, seed)
+        for _ in _steps(texts, sampler, forcings, uniforms, log_probabilities if best_of > 1 else None):
+            pass
+        written = [texts.written(row) for row in range(len(texts.ids))]
+        average = [total / max(1, len(ids)) for total, ids in zip(log_probabilities, written, strict=True)]
+        written = [written[i + np.argmax(average[i : i + best_of])] for i in range(0, len(written), best_of)]
+    return [
+        prompt + "".join(tokenizer.decode_stream(ids, cut=True)) for prompt, ids in zip(prompts, written, strict=True)
+    ]
 
 
 def stream(
-    model: keras.Model,
+    model,
     tokenizer: Tokenizer,
     prompt: str = "",
     *,
     max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = 0.9,
     seed: int | None = None,
+    **sampling,
 ) -> Iterator[str]:
     """Do what `generate` does, and give the text as it is written: the prompt, then whole characters.
+
+    Stop reading to stop the writing. Several streams may be read in turns, or by threads. `best_of` and
+    `num_beams` know their text only at the end, and are refused.
 
     Args:
         model: see `generate`.
         tokenizer: see `generate`.
         prompt: see `generate`.
         max_new_tokens: see `generate`.
-        temperature: see `generate`.
-        top_k: see `generate`.
-        top_p: see `generate`.
         seed: see `generate`.
+        **sampling: see `generate`.
 
     Returns:
         An iterator over `str`; joined they equal what `generate` returns.
@@ -128,71 +154,85 @@ def stream(
     Raises:
         ValueError: see `generate`; raised at the call, before the first piece.
     """
-    steps = _generate_ids(model, tokenizer, [prompt], max_new_tokens, temperature, top_k, top_p, seed)
-    return _pieces(prompt, tokenizer, steps)
-
-
-def _pieces(prompt, tokenizer, steps) -> Iterator[str]:
-    yield prompt
-    yield from tokenizer.decode_stream(int(ids[0]) for ids in steps)
-
-
-def _generate_ids(model, tokenizer, prompts, max_new_tokens, temperature, top_k, top_p, seed) -> Iterator[np.ndarray]:
-    """Check the settings, and return an iterator over the new ids, (B,) a step; a row that ended gives EOS."""
+    if late := {"best_of", "num_beams", "length_penalty"} & set(sampling):
+        raise ValueError(
+            f"A stream shows its text at once, and {', '.join(sorted(late))} would know it only at the end."
+        )
+    settings = check_generation(max_new_tokens, **sampling)
     check_vocabulary(model, tokenizer)
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    compiled = is_compiled(model, max_new_tokens)
+    sampler = Sampler(tokenizer, settings, compiled)
+    forcings = _forcings(sampler, tokenizer, [prompt], 1, max_new_tokens)
+    uniforms = _uniforms(1, 1, max_new_tokens, seed)
+
+    def pieces():
+        yield prompt
+        texts = _texts(model, tokenizer, [prompt], 1, max_new_tokens, compiled)
+        steps = _steps(texts, sampler, forcings, uniforms)
+        yield from tokenizer.decode_stream((int(ids[0]) for ids in steps), cut=True)
+
+    return pieces()
+
+
+_SEARCH_CANNOT_HEED = ("temperature", "top_k", "top_p", "min_p", "typical_p", "forced")
+
+
+def check_generation(
+    max_new_tokens: int = 100, best_of: int = 1, num_beams: int = 1, length_penalty: float = 1.0, **sampling
+) -> Settings:
+    """Refuse settings that mean nothing, and return those of sampling."""
+    if max_new_tokens < 0 or max_new_tokens != int(max_new_tokens):
+        raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens}.")
+    for name, number in (("best_of", best_of), ("num_beams", num_beams)):
+        if number < 1 or number != int(number):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {number}.")
+    if not abs(length_penalty) < float("inf"):
+        raise ValueError(f"length_penalty must be a finite number, got {length_penalty}.")
+    if num_beams > 1 and best_of > 1:
+        raise ValueError("Beam search leaves nothing to chance: give num_beams or best_of, not both.")
+    if num_beams > 1 and (given := [name for name in _SEARCH_CANNOT_HEED if name in sampling]):
+        raise ValueError(f"Beam search looks for the likeliest text and cannot heed {', '.join(given)}.")
+    return check_settings(**sampling)
+
+
+def _forcings(sampler, tokenizer, prompts, samples, max_new_tokens) -> list[Forcing]:
+    if not sampler.settings.forced:
+        return []
+    return [Forcing(sampler, tokenizer, prompt, max_new_tokens) for prompt in prompts for _ in range(samples)]
+
+
+def _texts(model, tokenizer, prompts, rows_each, max_new_tokens, compiled) -> Texts:
+    ids = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts for _ in range(rows_each)]
+    return Texts(decoder(model, len(ids), compiled), ids, max_new_tokens)
+
+
+def _uniforms(num_prompts: int, samples: int, max_new_tokens: int, seed: int | None) -> np.ndarray:
+    """Draw the chance of all steps, (rows, steps), so that a text does not depend on those beside it."""
     seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-    sequences = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts]
-    generators = [np.random.default_rng(seed + row) for row in range(len(prompts))]
-    return _steps(model, tokenizer, sequences, generators, max_new_tokens, temperature, top_k, top_p)
+    seeds = [(seed + i, j) if j else seed + i for i in range(num_prompts) for j in range(samples)]
+    return np.array([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
 
 
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Refuse settings that mean nothing."""
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}.")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be at least 0, got {temperature}; 0 takes the likeliest token.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}. Leave it out to choose among all tokens.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}.")
+def _steps(texts, sampler, forcings, uniforms, log_probabilities=None) -> Iterator[np.ndarray]:
+    """Write the texts, and give the ids of each step, (rows,), the end of document for a text that has ended.
 
-
-def _steps(model, tokenizer, sequences, generators, max_new_tokens, temperature, top_k, top_p):
-    if not sequences:
-        return
-    decode, num_positions = decoder(model, len(sequences))
-    starts, read = [0] * len(sequences), [0] * len(sequences)
-    ended = np.zeros(len(sequences), bool)
-    for _ in range(max_new_tokens):
-        going = np.flatnonzero(~ended)
+    Where `log_probabilities` (rows,) is given, those that the model itself gives to the tokens are added to it.
+    """
+    going = np.arange(len(uniforms))
+    for step in range(uniforms.shape[1]):
         if not len(going):
             return
-        unread = []
-        for row in going:
-            end = len(sequences[row])
-            if num_positions is not None and end - starts[row] > num_positions:
-                starts[row] = read[row] = end - max(1, num_positions // 2)
-            unread += [(row, at - starts[row], sequences[row][at]) for at in range(read[row], end)]
-            read[row] = end
-        logits = decode(*np.array(unread, np.int64).T.copy())
-        logits[:, [tokenizer.PAD, tokenizer.BOS]] = -np.inf
-        uniforms = np.array([generators[row].random() for row in going])
-        new = np.full(len(sequences), tokenizer.EOS)
-        new[going] = _choose(logits, uniforms, temperature, top_k, top_p)
-        ended |= new == tokenizer.EOS
-        for row in going:
-            sequences[row].append(int(new[row]))
-        yield new
-
-
-def _choose(logits: np.ndarray, uniforms: np.ndarray, temperature, top_k, top_p) -> np.ndarray:
-    if temperature == 0:
-        return logits.argmax(axis=-1)
-    logits = sampling.apply_temperature(logits, temperature)
-    if top_k is not None:
-        logits = sampling.keep_top_k(logits, top_k)
-    if top_p is not None:
-        logits = sampling.keep_top_p(logits, top_p)
-    return sampling.draw(logits, uniforms)
+        logits = texts.read(going)
+        adjusted = sampler.adjust(logits, texts, going)
+        for i, row in enumerate(going if forcings else ()):
+            forcings[row].constrain(adjusted[i], uniforms.shape[1] - step)
+        chosen = sampler.choose(adjusted, uniforms[going, step])
+        for i, row in enumerate(going if forcings else ()):
+            forcings[row].note(int(chosen[i]))
+        if log_probabilities is not None:
+            log_probabilities[going] += log_softmax(logits)[np.arange(len(going)), chosen]
+        texts.write(going, chosen)
+        ids = np.full(len(uniforms), sampler.eos)
+        ids[going] = chosen
+        yield ids
+        going = going[chosen != sampler.eos]

@@ -1,4 +1,4 @@
-"""Kernels: the decoders of `decoding.py` compiled for the CPU by numba, over weights of 16 bits.
+"""Kernels: the decoders of `decoding.py` and the choice of a token, compiled for the CPU by numba.
 
 A matrix is kept as `int16` with a float32 scale for each output, which rounds a weight by at most 1/65,534 of the
 largest of its row and halves what is read for each token: reading weights is what limits a short batch.
@@ -6,14 +6,16 @@ largest of its row and halves what is read for each token: reading weights is wh
 
 import math
 import threading
+import weakref
 from typing import NamedTuple
 
 import numba
 import numpy as np
 
-from .weights import TransformerWeights
+from .weights import LstmWeights, TransformerWeights
 
 _f32 = np.float32
+_OUTPUTS = 32  # of a matrix that a thread computes at a time
 # One call at a time: not every threading layer of numba bears two, and each call uses all cores anyway.
 _one_at_a_time = threading.Lock()
 
@@ -30,6 +32,9 @@ def _compiled(**options):
     return compile_lazily
 
 
+# --- a model's parts -----------------------------------------------------------------------------------------
+
+
 class _Matrix(NamedTuple):
     """A matrix (outputs, inputs) or a stack of them, its scales, and the bias."""
 
@@ -39,11 +44,30 @@ class _Matrix(NamedTuple):
 
 
 def _pack(matrix: np.ndarray, bias: np.ndarray) -> _Matrix:
-    if matrix.shape[-2] % 2:  # the kernel takes outputs by two
-        matrix, bias = (np.concatenate([x, np.zeros_like(x[..., :1, :])], axis=-2) for x in (matrix, bias[..., None]))
-        bias = bias[..., 0]
-    scale = np.maximum(np.abs(matrix).max(-1), np.finfo(_f32).tiny) / _f32(2**15 - 1)
-    return _Matrix(np.rint(matrix / scale[..., None]).astype(np.int16), scale, np.ascontiguousarray(bias))
+    """Pack a matrix (inputs, outputs), with outputs of zero up to an even number, as the kernel takes them by two."""
+    odd = matrix.shape[1] % 2
+    matrix, bias = np.pad(matrix, ((0, 0), (0, odd))).T, np.pad(bias, (0, odd))
+    scale = np.maximum(np.abs(matrix).max(1), np.finfo(_f32).tiny) / _f32(2**15 - 1)
+    return _Matrix(np.rint(matrix / scale[:, None]).astype(np.int16), scale, bias)
+
+
+def _pack_all(matrices, biases) -> _Matrix:
+    return _Matrix(*map(np.stack, zip(*map(_pack, matrices, biases), strict=True)))
+
+
+@_compiled(fastmath=True, inline="always")
+def _exp(x):
+    """Compute e^x from -87 to 88, to 4e-6 of it, in a form that runs in vectors; numba's own calls a function."""
+    y = min(max(x, _f32(-87)), _f32(88)) * _f32(1.4426950408889634)
+    whole = math.floor(y)
+    f = _f32(y - whole)
+    p = _f32(1.8775767e-3)
+    p = p * f + _f32(8.9893397e-3)
+    p = p * f + _f32(5.5826318e-2)
+    p = p * f + _f32(2.4015361e-1)
+    p = p * f + _f32(6.9315308e-1)
+    p = p * f + _f32(9.9999994e-1)
+    return p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @_compiled(parallel=True, fastmath=True)
@@ -52,34 +76,37 @@ def _linear(x, rounded, scale, bias, gelu):
     num_outputs, num_inputs = rounded.shape
     num_tokens = len(x)
     out = np.empty((num_tokens, num_outputs), _f32)
-    for pair in numba.prange(num_outputs // 2):
-        o, p = 2 * pair, 2 * pair + 1
-        fours = num_tokens // 4 * 4
-        for t in range(0, fours, 4):
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _f32(0)
-            for i in range(num_inputs):
-                a, b = _f32(rounded[o, i]), _f32(rounded[p, i])
-                a0 += x[t, i] * a
-                a1 += x[t + 1, i] * a
-                a2 += x[t + 2, i] * a
-                a3 += x[t + 3, i] * a
-                b0 += x[t, i] * b
-                b1 += x[t + 1, i] * b
-                b2 += x[t + 2, i] * b
-                b3 += x[t + 3, i] * b
-            out[t, o], out[t + 1, o], out[t + 2, o], out[t + 3, o] = a0, a1, a2, a3
-            out[t, p], out[t + 1, p], out[t + 2, p], out[t + 3, p] = b0, b1, b2, b3
-        for q in (o, p):
-            for t in range(fours, num_tokens):
-                a0 = _f32(0)
+    fours = num_tokens // 4 * 4
+    for part in numba.prange((num_outputs + _OUTPUTS - 1) // _OUTPUTS):
+        first, end = part * _OUTPUTS, min(num_outputs, (part + 1) * _OUTPUTS)
+        for o in range(first, end, 2):
+            p = o + 1
+            for t in range(0, fours, 4):
+                a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _f32(0)
                 for i in range(num_inputs):
-                    a0 += x[t, i] * _f32(rounded[q, i])
-                out[t, q] = a0
-            for t in range(num_tokens):
-                y = out[t, q] * scale[q] + bias[q]
+                    a, b = _f32(rounded[o, i]), _f32(rounded[p, i])
+                    a0 += x[t, i] * a
+                    a1 += x[t + 1, i] * a
+                    a2 += x[t + 2, i] * a
+                    a3 += x[t + 3, i] * a
+                    b0 += x[t, i] * b
+                    b1 += x[t + 1, i] * b
+                    b2 += x[t + 2, i] * b
+                    b3 += x[t + 3, i] * b
+                out[t, o], out[t + 1, o], out[t + 2, o], out[t + 3, o] = a0, a1, a2, a3
+                out[t, p], out[t + 1, p], out[t + 2, p], out[t + 3, p] = b0, b1, b2, b3
+            for t in range(fours, num_tokens):
+                a0 = b0 = _f32(0)
+                for i in range(num_inputs):
+                    a0 += x[t, i] * _f32(rounded[o, i])
+                    b0 += x[t, i] * _f32(rounded[p, i])
+                out[t, o], out[t, p] = a0, b0
+        for t in range(num_tokens):
+            for o in range(first, end):
+                y = out[t, o] * scale[o] + bias[o]
                 if gelu:
-                    y /= 1 + np.exp(_f32(-2 * math.sqrt(2 / math.pi)) * (y + _f32(0.044715) * y * y * y))
-                out[t, q] = y
+                    y /= 1 + _exp(_f32(-2 * math.sqrt(2 / math.pi)) * (y + _f32(0.044715) * y * y * y))
+                out[t, o] = y
     return out
 
 
@@ -124,7 +151,7 @@ def _attend(qkv, keys, values, rows, positions):
         largest = scores.max()
         total = _f32(0)
         for s in range(until):
-            scores[s] = np.exp(scores[s] - largest)
+            scores[s] = _exp(scores[s] - largest)
             total += scores[s]
         for s in range(until):
             share = scores[s] / total
@@ -133,9 +160,12 @@ def _attend(qkv, keys, values, rows, positions):
     return out
 
 
+# --- the decoders --------------------------------------------------------------------------------------------
+
+
 @_compiled()
-def _read(tokens, positions_table, norms, attention, output, mlp_norms, expand, project, final_norm, head,
-          keys, values, rows, positions, ids, last):  # fmt: skip
+def _read_transformer(tokens, positions_table, norms, attention, output, mlp_norms, expand, project, final_norm, head,
+                      keys, values, rows, positions, ids, last):  # fmt: skip
     x = np.empty((len(ids), tokens.shape[1]), _f32)
     for t in range(len(ids)):
         x[t] = tokens[ids[t]] + positions_table[positions[t]]
@@ -148,26 +178,217 @@ def _read(tokens, positions_table, norms, attention, output, mlp_norms, expand, 
     return _linear(_norm(x[last], final_norm), head.rounded, head.scale, head.bias, False)
 
 
-def transformer_decoder(w: TransformerWeights, num_rows: int):
-    """Make a decoder of a Transformer's weights, as `decoding.decoder` describes it."""
-    (num_blocks, _, dim), context = w.attention_norm.shape, len(w.position_embedding)
-    vocab_size = len(w.token_embedding)
-    keys, values = np.zeros((2, num_blocks, num_rows, w.num_heads, context, dim // w.num_heads), _f32)
-    packed = (
-        w.token_embedding,
-        w.position_embedding,
-        w.attention_norm,
-        _pack(w.attention, w.attention_bias),
-        _pack(w.output, w.output_bias),
-        w.mlp_norm,
-        _pack(w.expand, w.expand_bias),
-        _pack(w.project, w.project_bias),
-        w.final_norm,
-        _pack(w.token_embedding, np.zeros(vocab_size, _f32)),
-    )
+@_compiled(fastmath=True)
+def _lstm_layer(x, matrix, scale, bias, hidden, cell, rows):
+    """Take one step of a layer for the tokens x (R, inputs) of different rows; return the new hidden state (R, D)."""
+    num_inputs, dim = x.shape[1], hidden.shape[1]
+    joined = np.empty((len(rows), num_inputs + dim), _f32)
+    for t in range(len(rows)):
+        joined[t, :num_inputs] = x[t]
+        joined[t, num_inputs:] = hidden[rows[t]]
+    gates = _linear(joined, matrix, scale, bias, False)
+    out = np.empty((len(rows), dim), _f32)
+    for t in range(len(rows)):
+        row = rows[t]
+        for d in range(dim):
+            put = 1 / (1 + _exp(-gates[t, d]))
+            forget = 1 / (1 + _exp(-gates[t, dim + d]))
+            candidate = 2 / (1 + _exp(-2 * gates[t, 2 * dim + d])) - 1
+            kept = forget * cell[row, d] + put * candidate
+            cell[row, d] = kept
+            out[t, d] = (2 / (1 + _exp(-2 * kept)) - 1) / (1 + _exp(-gates[t, 3 * dim + d]))
+        hidden[row] = out[t]
+    return out
 
-    def decode(rows, positions, ids, last):
+
+_packed = weakref.WeakKeyDictionary()  # weights -> what the kernels take
+
+
+def decoder(weights: TransformerWeights | LstmWeights, num_rows: int):
+    """Make the `read` and `copy` of a `decoding.Decoder`; `read` is also told where each row's last token stands."""
+    make = _lstm_decoder if isinstance(weights, LstmWeights) else _transformer_decoder
+    return make(weights, num_rows)
+
+
+def _transformer_decoder(w: TransformerWeights, num_rows: int):
+    vocab_size, dim = w.token_embedding.shape
+    shape = (2, len(w.blocks), num_rows, w.num_heads, len(w.position_embedding), dim // w.num_heads)
+    keys, values = np.zeros(shape, _f32)
+    if w not in _packed:
+        b = [list(field) for field in zip(*w.blocks, strict=True)]
+        _packed[w] = (
+            w.token_embedding,
+            w.position_embedding,
+            np.stack(b[0]),
+            _pack_all(b[1], b[2]),
+            _pack_all(b[3], b[4]),
+            np.stack(b[5]),
+            _pack_all(b[6], b[7]),
+            _pack_all(b[8], b[9]),
+            w.final_norm,
+            _pack(w.token_embedding.T, np.zeros(vocab_size, _f32)),
+        )
+    packed = _packed[w]
+
+    def read(rows, positions, ids, last):
         with _one_at_a_time:
-            return _read(*packed, keys, values, rows, positions, ids, last)[:, :vocab_size]
+            return _read_transformer(*packed, keys, values, rows, positions, ids, last)[:, :vocab_size]
 
-    return decode
+    def copy(parents):
+        moved = np.flatnonzero(parents != np.arange(num_rows))
+        keys[:, moved], values[:, moved] = keys[:, parents[moved]], values[:, parents[moved]]
+
+    return read, copy
+
+
+def _lstm_decoder(w: LstmWeights, num_rows: int):
+    if w not in _packed:
+        _packed[w] = [_pack(*layer) for layer in w.layers], [_pack(*layer) for layer in w.head]
+    layers, head = _packed[w]
+    states = [np.zeros((2, num_rows, len(bias) // 4), _f32) for _, bias in w.layers]
+    vocab_size = len(w.head[-1][1])
+
+    def step(rows, ids):
+        x = w.token_embedding[ids]
+        for layer, (hidden, cell) in zip(layers, states, strict=True):
+            x = _lstm_layer(x, *layer, hidden, cell, rows)
+
+    def read(rows, positions, ids, last):
+        new = rows[positions == 0]
+        order = np.arange(len(rows)) - np.searchsorted(rows, rows)  # the first token of each row, the second, ...
+        with _one_at_a_time:
+            for state in states:
+                state[:, new] = 0
+            for i in range(order.max() + 1):
+                step(rows[order == i], ids[order == i])
+            x = states[-1][0, rows[last]]
+            for matrix in head:
+                x = _linear(x, *matrix, False)
+            return x[:, :vocab_size]
+
+    def copy(parents):
+        for state in states:
+            state[:] = state[:, parents]
+
+    return read, copy
+
+
+# --- the choice of a token -----------------------------------------------------------------------------------
+
+
+_WITH_INFINITY = {"nsz", "arcp", "contract", "reassoc"}  # fastmath, but minus infinity is a logit
+
+
+@_compiled(fastmath=_WITH_INFINITY)
+def _keep(odds, key, weight, target):
+    """Set odds to 0 but for those of the largest keys, the fewest whose weights sum to the target; of equal, the first.
+
+    The border is found by halving: some passes over the vocabulary in vectors are cheaper than sorting it.
+    """
+    low, high = _f32(np.inf), _f32(-np.inf)
+    for i in range(len(key)):
+        low, high = min(low, key[i] if key[i] > -np.inf else _f32(np.inf)), max(high, key[i])
+    at_high, between = _f32(0), _f32(0)
+    for i in range(len(key)):
+        at_high += weight[i] if key[i] == high else _f32(0)
+        between += _f32(1) if (key[i] >= low) & (key[i] < high) else _f32(0)
+    if at_high >= target:
+        low, between = high, _f32(0)
+    # The keys from `low` on reach the target, those from `high` on do not; what is between gets fewer.
+    while between > 1:
+        middle = _f32((low + high) * _f32(0.5))
+        if middle <= low or middle >= high:
+            break
+        total, below = _f32(0), _f32(0)
+        for i in range(len(key)):
+            total += weight[i] if key[i] >= middle else _f32(0)
+            below += _f32(1) if (key[i] >= low) & (key[i] < middle) else _f32(0)
+        if total >= target:
+            low, between = middle, between - below
+        else:
+            high, between = middle, below
+    border = _f32(np.inf)
+    for i in range(len(key)):
+        border = min(border, key[i] if key[i] >= low else _f32(np.inf))
+    total = _f32(0)
+    for i in range(len(key)):
+        total += weight[i] if key[i] > border else _f32(0)
+        odds[i] = odds[i] if key[i] >= border else _f32(0)
+    for i in range(len(key)):
+        if key[i] == border:
+            odds[i] = odds[i] if total < target else _f32(0)
+            total += weight[i]
+
+
+@_compiled(fastmath=_WITH_INFINITY)
+def _draw(odds, uniform):
+    """Draw a token by inverting the cumulative sum; sums of blocks first, as they are taken in vectors."""
+    sums = np.zeros((len(odds) + 255) // 256)
+    for block in range(len(sums)):
+        total = _f32(0)
+        for i in range(256 * block, min(len(odds), 256 * (block + 1))):
+            total += odds[i]
+        sums[block] = total
+    left = uniform * sums.sum()
+    block = 0
+    while block < len(sums) - 1 and left >= sums[block]:
+        left -= sums[block]
+        block += 1
+    while sums[block] == 0:  # where rounding led beyond the last
+        block -= 1
+    token = 0
+    for i in range(256 * block, min(len(odds), 256 * (block + 1))):
+        if odds[i] > 0:
+            token = i
+            left -= odds[i]
+            if left < 0:
+                break
+    return token
+
+
+@_compiled(parallel=True, fastmath=_WITH_INFINITY)
+def choose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p):
+    """Draw a token from each row (V,) as the functions of `sampling.py` do one after the other.
+
+    Args:
+        logits: `float32 (R, V)`.
+        uniforms: `float64 (R,)`, uniform in [0, 1).
+        temperature: above 0, `float32`.
+        top_k: V for all tokens.
+        typical_p: 1 for all tokens.
+        top_p: 1 for all tokens.
+        min_p: 0 for all tokens.
+
+    Returns:
+        Token ids, `int64 (R,)`.
+    """
+    num_rows, vocab_size = logits.shape
+    ids = np.empty(num_rows, np.int64)
+    for row in numba.prange(num_rows):
+        scaled, odds = np.empty(vocab_size, _f32), np.empty(vocab_size, _f32)
+        largest = _f32(-np.inf)
+        for i in range(vocab_size):
+            largest = max(largest, logits[row, i])
+        for i in range(vocab_size):
+            scaled[i] = (logits[row, i] - largest) / temperature
+            odds[i] = _exp(scaled[i]) if scaled[i] > -np.inf else _f32(0)
+        if top_k < vocab_size:
+            _keep(odds, logits[row], np.ones(vocab_size, _f32), _f32(top_k))
+        if typical_p < 1:
+            total, expected = _f32(0), _f32(0)
+            for i in range(vocab_size):
+                total += odds[i]
+                expected += odds[i] * scaled[i] if odds[i] > 0 else _f32(0)
+            expected /= total
+            for i in range(vocab_size):
+                scaled[i] = -abs(scaled[i] - expected) if odds[i] > 0 else _f32(-np.inf)
+            _keep(odds, scaled, odds.copy(), _f32(typical_p * total))
+        if top_p < 1:
+            weight = odds.copy()
+            _keep(odds, weight, weight, _f32(top_p * weight.sum()))
+        if min_p > 0:
+            border = _f32(min_p * odds.max())
+            for i in range(vocab_size):
+                odds[i] = odds[i] if odds[i] >= border else _f32(0)
+        ids[row] = _draw(odds, uniforms[row])
+    return ids

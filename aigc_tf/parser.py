@@ -107,11 +107,40 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins")
     generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to write at the most")
     generate.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="0 takes the likeliest token each time"
+        "--temperature", type=float, metavar="X", help="0 takes the likeliest token each time (default: 0.8)"
     )
     generate.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
     generate.add_argument(
-        "--top-p", type=float, default=0.9, metavar="P", help="choose among the likeliest tokens of this probability"
+        "--top-p", type=float, metavar="P", help="choose among the likeliest tokens of this probability (default: 0.9)"
+    )
+    for name, metavar, help in (
+        ("--min-p", "P", "leave out tokens less than P times as likely as the likeliest"),
+        ("--typical-p", "P", "choose among the tokens of nearly the expected surprisal, of this probability"),
+        ("--repetition-penalty", "X", "the power to raise the probability of a token to that was there before"),
+        ("--presence-penalty", "X", "taken off the logit of a token that was written before"),
+        ("--frequency-penalty", "X", "the same, for each time it was written"),
+    ):
+        generate.add_argument(name, type=float, metavar=metavar, help=help)
+    generate.add_argument("--no-repeat-ngram", type=int, metavar="N", help="write no N tokens in a row twice")
+    generate.add_argument(
+        "--exempt",
+        metavar="LIST",
+        help="stopwords, and with them punctuation, that may repeat all the same: cn, classical or a file",
+    )
+    generate.add_argument(
+        "--ban", dest="banned", action="append", metavar="WORD", help="never write it; may be repeated"
+    )
+    generate.add_argument(
+        "--force", dest="forced", action="append", metavar="WORD", help="write it somewhere; may be repeated"
+    )
+    generate.add_argument(
+        "--best-of", type=int, metavar="N", help="write N texts, and keep the one that the model finds likeliest"
+    )
+    generate.add_argument(
+        "--num-beams", type=int, metavar="N", help="search for the likeliest text, N kept at a time; leaves no chance"
+    )
+    generate.add_argument(
+        "--length-penalty", type=float, metavar="X", help="of --num-beams: above 1 prefers longer texts, below shorter"
     )
     generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts")
     generate.add_argument("--seed", type=int, help="makes the text repeatable (default: another each time)")

@@ -10,16 +10,15 @@ import warnings
 from pathlib import Path
 
 from . import __version__
-from .devices import keras
-from .evaluation import check_vocabulary
 from .files import write_beside, write_json
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_vocabulary
+from .weights import read_file
 
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
 _FORMAT = {"format": "aigc_tf run", "version": 1}
 
 
-def save(path, model: keras.Model, tokenizer: Tokenizer, **record) -> None:
+def save(path, model, tokenizer: Tokenizer, **record) -> None:
     """Write a run folder: `model.keras`, `tokenizer.json` and `run.json`.
 
     The files of an earlier run in the folder are replaced at the end, when all of the new ones are
@@ -27,7 +26,7 @@ def save(path, model: keras.Model, tokenizer: Tokenizer, **record) -> None:
 
     Args:
         path: the folder; it is made if need be, and other files in it stay.
-        model: the model.
+        model: the `keras.Model`.
         tokenizer: its tokenizer.
         **record: what else `run.json` shall tell, such as `settings`, `data` and `figures`: anything that
             JSON can hold.
@@ -35,6 +34,8 @@ def save(path, model: keras.Model, tokenizer: Tokenizer, **record) -> None:
     Raises:
         ValueError: model and tokenizer do not belong together.
     """
+    from .devices import keras
+
     check_vocabulary(model, tokenizer)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -61,27 +62,54 @@ def save(path, model: keras.Model, tokenizer: Tokenizer, **record) -> None:
         write_json(run_file, run)
 
 
-def load(path) -> tuple[keras.Model, Tokenizer]:
+def load(path):
     """Load the model and the tokenizer of a run folder.
 
     Args:
         path: the folder that `save` wrote.
 
     Returns:
-        The model, not compiled, and the tokenizer.
+        The `keras.Model`, not compiled, and the tokenizer.
 
     Raises:
         FileNotFoundError: there is no such folder, or it is no run folder.
         ValueError: the files do not belong together, or are damaged.
     """
+    from .devices import keras
+
+    path = _checked_folder(path)
+    return keras.models.load_model(path / _MODEL, compile=False), Tokenizer.load(path / _TOKENIZER)
+
+
+def load_writer(path):
+    """Load from a run folder what `generate` needs, without loading Keras or TensorFlow.
+
+    That takes a fraction of a second. A model that `aigc_tf` did not build is loaded as `load` does it.
+
+    Args:
+        path: the folder that `save` wrote.
+
+    Returns:
+        The weights, which stand in `generate`, `generate_batch` and `stream` where a model stands, and the tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it is no run folder.
+        ValueError: the files do not belong together, or are damaged.
+    """
+    path = _checked_folder(path)
+    weights = read_file(path / _MODEL)
+    return (weights, Tokenizer.load(path / _TOKENIZER)) if weights else load(path)
+
+
+def _checked_folder(path) -> Path:
+    """Refuse a folder whose files are not those that its record tells of."""
     path = Path(path)
-    run = read_run(path)
-    for name, expected in run["sha256"].items():
+    for name, expected in read_run(path)["sha256"].items():
         if not (path / name).is_file():
             raise FileNotFoundError(f"The run folder {path} lacks its {name}.")
         if _sha256(path / name) != expected:
             raise ValueError(f"{path / name} is not the file that {_RUN} tells of: damaged, or of another run.")
-    return keras.models.load_model(path / _MODEL, compile=False), Tokenizer.load(path / _TOKENIZER)
+    return path
 
 
 def read_run(path) -> dict:
@@ -121,6 +149,8 @@ def documents_sha256(documents: list[str]) -> str:
 
 def versions() -> dict[str, str]:
     """Tell the versions that a result depends on, and the backend."""
+    from .devices import keras
+
     packages = ("keras", "tensorflow", "jax", "numpy", "jieba", "rjieba")
     found = {"aigc_tf": __version__, "python": platform.python_version(), "backend": keras.backend.backend()}
     for package in packages:

@@ -156,11 +156,12 @@ class Tokenizer:
         """
         return "".join(self.decode_stream(ids))
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+    def decode_stream(self, ids: Iterable[int], cut: bool = False) -> Iterator[str]:
         """Decode ids as they come, whole characters only: bytes wait until their character is complete.
 
         Args:
             ids: token ids, possibly from a generator.
+            cut: the ids may stop anywhere, so leave out a character whose last bytes are missing at the end.
 
         Returns:
             An iterator over `str`; joined they equal `decode(ids)`.
@@ -173,7 +174,7 @@ class Tokenizer:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"Ids of this vocabulary run from 0 to {self.vocab_size - 1}, got {i}.")
             if _FIRST_BYTE <= i < _FIRST_PIECE:
-                characters, waiting = _complete_characters(waiting + bytes([i - _FIRST_BYTE]))
+                characters, waiting = complete_characters(waiting + bytes([i - _FIRST_BYTE]))
                 if characters:
                     yield characters
                 continue
@@ -182,8 +183,18 @@ class Tokenizer:
                 waiting = b""
             if i >= _FIRST_PIECE:
                 yield self.pieces[i - _FIRST_PIECE]
-        if waiting:
+        if waiting and not cut:
             yield "\ufffd"
+
+    def token_bytes(self, i: int) -> bytes:
+        """Return the UTF-8 bytes that a token stands for; a special one stands for none."""
+        if i < _FIRST_BYTE:
+            return b""
+        return bytes([i - _FIRST_BYTE]) if i < _FIRST_PIECE else self.pieces[i - _FIRST_PIECE].encode()
+
+    def piece_id(self, piece: str) -> int | None:
+        """Return the id of a piece of the vocabulary, or None if there is none."""
+        return self._ids.get(piece)
 
     def save(self, path) -> None:
         """Write the tokenizer as JSON, whole or not at all.
@@ -261,7 +272,16 @@ class Tokenizer:
         return table
 
 
-def _complete_characters(data: bytes) -> tuple[str, bytes]:
+def check_vocabulary(model, tokenizer: Tokenizer) -> None:
+    """Refuse a model and a tokenizer that do not belong together."""
+    if model.output_shape[-1] != tokenizer.vocab_size:
+        raise ValueError(
+            f"Model and tokenizer must have the same vocabulary size, got {model.output_shape[-1]} "
+            f"and {tokenizer.vocab_size}. Build the model with tokenizer.vocab_size."
+        )
+
+
+def complete_characters(data: bytes) -> tuple[str, bytes]:
     """Split bytes into the characters they complete and the rest that may still become one."""
     characters = ""
     while data:

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from .devices import freed_graphs, keras, tf
-from .evaluation import check_vocabulary, evaluate_scorer, scorer
-from .tokenizer import Tokenizer
+from .evaluation import evaluate_scorer, scorer
+from .tokenizer import Tokenizer, check_vocabulary
 
 
 def train(

@@ -5,6 +5,10 @@ differs in one activation is told from ours, and a file can be read without Kera
 """
 
 import contextlib
+import dataclasses
+import io
+import json
+import zipfile
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -30,13 +34,11 @@ _LSTM = {
 }
 
 
-class TransformerWeights(NamedTuple):
-    """The weights of a Transformer, blocks stacked along the first axis, matrices (..., outputs, inputs)."""
+class Block(NamedTuple):
+    """The weights of a Transformer's block; matrices are (inputs, outputs), norms (2, D): scale and offset."""
 
-    token_embedding: np.ndarray
-    position_embedding: np.ndarray
-    attention_norm: np.ndarray  # (L, 2, D): scale and offset
-    attention: np.ndarray  # (L, 3 D, D): query, key and value
+    attention_norm: np.ndarray
+    attention: np.ndarray  # (D, 3 D): query, key and value
     attention_bias: np.ndarray
     output: np.ndarray
     output_bias: np.ndarray
@@ -45,16 +47,46 @@ class TransformerWeights(NamedTuple):
     expand_bias: np.ndarray
     project: np.ndarray
     project_bias: np.ndarray
+
+
+@dataclasses.dataclass(eq=False)
+class TransformerWeights:
+    """The weights of a Transformer."""
+
+    token_embedding: np.ndarray
+    position_embedding: np.ndarray
+    blocks: list[Block]
     final_norm: np.ndarray
     num_heads: int
 
+    @property
+    def output_shape(self) -> tuple[None, None, int]:
+        """As of the model."""
+        return None, None, len(self.token_embedding)
 
-class LstmWeights(NamedTuple):
-    """The weights of an LSTM; a layer is a matrix over input and state, its gates in the order of Keras: i f c o."""
+    @property
+    def num_parameters(self) -> int:
+        """Of the matrices that each token is multiplied with."""
+        return self.token_embedding.size + sum(array.size for block in self.blocks for array in block)
+
+
+@dataclasses.dataclass(eq=False)
+class LstmWeights:
+    """The weights of an LSTM; a layer is a matrix from input and state to its gates, as Keras orders them: i f c o."""
 
     token_embedding: np.ndarray
-    layers: list[tuple[np.ndarray, np.ndarray]]  # (4 D, inputs + D) and its bias
+    layers: list[tuple[np.ndarray, np.ndarray]]  # (inputs + D, 4 D) and its bias
     head: list[tuple[np.ndarray, np.ndarray]]  # dense layers up to the logits
+
+    @property
+    def output_shape(self) -> tuple[None, None, int]:
+        """As of the model."""
+        return None, None, len(self.head[-1][1])
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the matrices that each token is multiplied with."""
+        return sum(matrix.size for matrix, _ in (*self.layers, *self.head))
 
 
 class _OtherGraphError(Exception):
@@ -111,6 +143,39 @@ def read_weights(config: dict, layer_weights: Callable[[str], list]) -> Transfor
         return None
 
 
+def read_file(path) -> TransformerWeights | LstmWeights | None:
+    """Read the weights of a model that `models.py` built from its file, without loading Keras.
+
+    Args:
+        path: a `.keras` file.
+
+    Returns:
+        The weights, float32, or None if the graph is another, or of a precision that is not float32 in the file.
+    """
+    import h5py  # Keras brings it
+
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read("config.json")).get("config", {})
+        with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
+            groups = {group["vars"].attrs.get("name"): group for group in file.get("layers", {}).values()}
+            try:
+                return read_weights(config, lambda name: _arrays(groups[name]))
+            except KeyError:  # the file is laid out in another way
+                return None
+
+
+_SUBLAYERS = ("cell", "query_dense", "key_dense", "value_dense", "output_dense")
+
+
+def _arrays(group) -> list[np.ndarray]:
+    """Return the arrays of a layer's group in the file, in the order of `get_weights`."""
+    arrays = [group["vars"][key][()] for key in sorted(group["vars"])]
+    for name in _SUBLAYERS:
+        if name in group:
+            arrays += _arrays(group[name])
+    return arrays
+
+
 def _read_transformer(graph: _Graph, logits, weights) -> TransformerWeights:
     embedding, (x,) = graph.step(logits, "ReversibleEmbedding", reverse=True, tie_weights=True, logit_soft_cap=None)
     final_norm, (x,) = graph.step(x, "LayerNormalization", **_NORM)
@@ -141,29 +206,27 @@ def _read_transformer(graph: _Graph, logits, weights) -> TransformerWeights:
         raise _OtherGraphError
     if (table, inputs, one) != (embedding, [ids], 1):
         raise _OtherGraphError
-    fields = {}
-    for attention_norm, attention, mlp_norm, expand, project in reversed(blocks):
-        q, bq, k, bk, v, bv, out, bias = weights(attention)
-        dim = len(q)
-        for name, array in {
-            "attention_norm": np.stack(weights(attention_norm)),
-            "attention": np.concatenate([kernel.reshape(dim, dim).T for kernel in (q, k, v)]),
-            "attention_bias": np.concatenate([bq.ravel(), bk.ravel(), bv.ravel()]),
-            "output": out.reshape(dim, dim).T,
-            "output_bias": bias,
-            "mlp_norm": np.stack(weights(mlp_norm)),
-            "expand": weights(expand)[0].T,
-            "expand_bias": weights(expand)[1],
-            "project": weights(project)[0].T,
-            "project_bias": weights(project)[1],
-        }.items():
-            fields.setdefault(name, []).append(array)
     return TransformerWeights(
-        **{name: np.stack(arrays) for name, arrays in fields.items()},
         token_embedding=weights(embedding)[0],
         position_embedding=weights(position_embedding)[0],
+        blocks=[_read_block(*map(weights, names)) for names in reversed(blocks)],
         final_norm=np.stack(weights(final_norm)),
         num_heads=graph.layers[blocks[0][1]]["config"]["num_heads"],
+    )
+
+
+def _read_block(attention_norm, attention, mlp_norm, expand, project) -> Block:
+    q, bq, k, bk, v, bv, output, output_bias = attention
+    dim = len(q)
+    return Block(
+        np.stack(attention_norm),
+        np.concatenate([kernel.reshape(dim, dim) for kernel in (q, k, v)], axis=1),
+        np.concatenate([bq.ravel(), bk.ravel(), bv.ravel()]),
+        output.reshape(dim, dim),
+        output_bias,
+        np.stack(mlp_norm),
+        *expand,
+        *project,
     )
 
 
@@ -178,11 +241,11 @@ def _read_lstm(graph: _Graph, logits, weights) -> LstmWeights:
     with contextlib.suppress(_OtherGraphError):
         embedding, (x,) = graph.step(logits, "ReversibleEmbedding", reverse=True, tie_weights=True, logit_soft_cap=None)
         table = weights(embedding)[0]
-        head.append((table, np.zeros(len(table), np.float32)))
+        head.append((table.T, np.zeros(len(table), np.float32)))
     with contextlib.suppress(_OtherGraphError):
         name, (x,) = graph.step(x, "Dense", **_DENSE)
         kernel, bias = weights(name)
-        head.insert(0, (np.ascontiguousarray(kernel.T), bias))
+        head.insert(0, (kernel, bias))
     layers = []
     while True:
         try:
@@ -190,7 +253,7 @@ def _read_lstm(graph: _Graph, logits, weights) -> LstmWeights:
         except _OtherGraphError:
             break
         kernel, recurrent_kernel, bias = weights(name)
-        layers.insert(0, (np.ascontiguousarray(np.concatenate([kernel, recurrent_kernel]).T), bias))
+        layers.insert(0, (np.concatenate([kernel, recurrent_kernel]), bias))
     name, (ids,) = graph.step(x, "ReversibleEmbedding", mask_zero=False)
     graph.step(ids, "InputLayer")
     if not head or not layers:

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from aigc_tf import decoding, generate, generate_batch, load, save
+from aigc_tf import decoding, generate, generate_batch, generation, load, save
 from aigc_tf.devices import keras
-from aigc_tf.weights import LstmWeights, read_weights
+from aigc_tf.weights import read_weights
 
 T, V = 12, 301
 LENGTHS = [5, 1, 9]
@@ -44,10 +44,9 @@ def tokens(texts, spans):
 def decoders(model):
     """Each decoder there is for a model, and how near it comes to the model's own logits."""
     weights = weights_of(model)
-    yield decoding.weights_decoder(weights, len(LENGTHS), compiled=False)[0], 1e-4
-    if not isinstance(weights, LstmWeights):
-        yield decoding.weights_decoder(weights, len(LENGTHS), compiled=True)[0], 3e-3
-    yield decoding._plain_decoder(model, len(LENGTHS)), 1e-5
+    yield decoding.decoder(weights, len(LENGTHS), compiled=False).read, 1e-4
+    yield decoding.decoder(weights, len(LENGTHS), compiled=True).read, 5e-3
+    yield decoding._plain_decoder(model, len(LENGTHS)).read, 1e-5
 
 
 def test_logits_are_those_of_the_graph(model, texts):
@@ -104,7 +103,9 @@ class Halves:
 
 
 @pytest.mark.parametrize("prompt", ["", "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"])
-def test_beyond_the_context(build, tokenizer, prompt):
+def test_beyond_the_context(build, tokenizer, prompt, monkeypatch):
+    # In float32: where two tokens are as likely within the rounding of a weight to 16 bits, either may come.
+    monkeypatch.setattr(generation, "is_compiled", lambda *_: False)
     model = spread(build(tokenizer.vocab_size, T))
     if build.architecture == "lstm":  # its state goes on: as if the context were longer
         longer = build(tokenizer.vocab_size, 64)
@@ -165,10 +166,10 @@ def test_a_model_that_differs_in_one_thing_is_read_through_itself(texts):
     for other in other_graphs():
         config = json.loads(other.to_json())["config"]
         assert read_weights(config, lambda name, other=other: other.get_layer(name).get_weights()) is None
-        decode, num_positions = decoding.decoder(other, 1)
-        assert num_positions is None
+        decoder = decoding.decoder(other, 1, compiled=True)
+        assert decoder.num_positions is None
         np.testing.assert_allclose(
-            decode(*tokens(texts, {0: (0, T)}))[0], np.array(other.predict_on_batch(texts[:1]))[0, -1], atol=1e-6
+            decoder.read(*tokens(texts, {0: (0, T)}))[0], np.array(other.predict_on_batch(texts[:1]))[0, -1], atol=1e-6
         )
 
 
@@ -209,9 +210,9 @@ def test_an_untied_lstm_is_read_fast(texts):
 
     for settings in ({"tie_embeddings": False}, {"embedding_dim": 16}):
         model = spread(lstm(V, T, hidden_dim=16, **settings))
-        decode, num_positions = decoding.decoder(model, 1)
+        decoder = decoding.decoder(model, 1, compiled=False)
         assert weights_of(model) is not None
-        assert num_positions is None
+        assert decoder.num_positions is None
         np.testing.assert_allclose(
-            decode(*tokens(texts, {0: (0, T)}))[0], np.array(model.predict_on_batch(texts[:1]))[0, -1], atol=1e-4
+            decoder.read(*tokens(texts, {0: (0, T)}))[0], np.array(model.predict_on_batch(texts[:1]))[0, -1], atol=1e-4
         )

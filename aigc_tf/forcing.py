@@ -1,0 +1,96 @@
+"""Forcing: the words that a text must hold, and where they come."""
+
+import numpy as np
+
+from .sampler import Sampler
+from .sampling import softmax
+from .tokenizer import Tokenizer, complete_characters
+
+_WITHIN = 16  # tokens in which a forced word comes, where it is as likely everywhere
+
+
+class Forcing:
+    """The forced words that one text still lacks, and when each begins.
+
+    A word begins where it is likely compared with the text so far, on the average within `_WITHIN` tokens;
+    at the latest when the room runs out. Until all have come the text does not end.
+
+    Args:
+        sampler: the sampler of the text.
+        tokenizer: the tokenizer.
+        prompt: how the text begins.
+        max_new_tokens: how many tokens may be written.
+
+    Raises:
+        ValueError: the words need more tokens than may be written.
+    """
+
+    def __init__(self, sampler: Sampler, tokenizer: Tokenizer, prompt: str, max_new_tokens: int):
+        self._tokenizer, self._eos = tokenizer, tokenizer.EOS
+        self._banned = [word.encode("utf-8", "surrogatepass") for word in sampler.settings.banned]
+        self._missing = {
+            word.encode("utf-8", "surrogatepass"): tokenizer.encode(word) for word in sampler.settings.forced
+        }
+        if self._needed() > max_new_tokens:
+            raise ValueError(
+                f"The forced words need {self._needed()} tokens, got max_new_tokens {max_new_tokens}. Allow more."
+            )
+        self._text = prompt.encode("utf-8", "surrogatepass")
+        self._written = b""
+        self._half_written = b""
+        self._rest = []  # of the word begun
+        self._odds, self._num_odds, self._urge = 0.0, 0, 0.0
+
+    def _needed(self) -> int:
+        return sum(map(len, self._missing.values()))
+
+    def constrain(self, logits: np.ndarray, steps_left: int) -> None:
+        """Leave those tokens that a forced word allows now: its own, where one begins or goes on.
+
+        Args:
+            logits: adjusted, (V,); those tokens that must not come get minus infinity, in place.
+            steps_left: how many tokens may be written, this one among them.
+        """
+        if not self._missing:
+            return
+        if not self._rest:
+            word = None if self._half_written else self._fitting_word(steps_left)
+            if word and (self._is_due(logits, self._missing[word][0]) or steps_left <= self._needed()):
+                self._rest = list(self._missing[word])
+        if not self._rest:
+            logits[self._eos] = -np.inf
+            if not self._half_written and steps_left - self._needed() < 4:  # a character spelt in bytes takes up to 4
+                logits[[i for i in range(len(logits)) if _begins_character(self._tokenizer.token_bytes(i))]] = -np.inf
+            if np.isneginf(logits).all():
+                self._rest = list(next(iter(self._missing.values())))
+        if self._rest:
+            logits[:] = -np.inf
+            logits[self._rest.pop(0)] = 0
+
+    def _fitting_word(self, steps_left: int) -> bytes | None:
+        """Return the first word that there is room for and that completes no banned one."""
+        for word, ids in self._missing.items():
+            if len(ids) <= steps_left and not any(banned in self._text + word for banned in self._banned):
+                return word
+        return None
+
+    def _is_due(self, logits: np.ndarray, first: int) -> bool:
+        probability = float(softmax(logits)[first])
+        self._odds, self._num_odds = self._odds + probability, self._num_odds + 1
+        self._urge += probability * self._num_odds / self._odds / _WITHIN if self._odds else 1 / _WITHIN
+        return self._urge >= 1
+
+    def note(self, token: int) -> None:
+        """Take account of the token written."""
+        data = self._tokenizer.token_bytes(token)
+        self._text, self._written = self._text + data, self._written + data
+        self._half_written = complete_characters(self._half_written + data)[1]
+        come = [word for word in self._missing if word in self._written]
+        for word in come:
+            del self._missing[word]
+        if come:
+            self._odds, self._num_odds, self._urge = 0.0, 0, 0.0
+
+
+def _begins_character(data: bytes) -> bool:
+    return bool(data) and bool(complete_characters(data)[1])

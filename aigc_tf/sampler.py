@@ -1,0 +1,220 @@
+"""Sampler: the settings of sampling, checked in one place, and the choice of the next token that follows from them.
+
+In order: bias, repeated n-grams and banned words, penalties, temperature, top-k, typical, top-p, min-p, the draw.
+Forced words stand above it (`forcing.py`): they take the place of the draw.
+"""
+
+import bisect
+import math
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from . import sampling
+from .tokenizer import Tokenizer
+
+_OPTIONAL = ("top_k", "top_p", "min_p", "typical_p", "no_repeat_ngram")
+
+
+class Settings(NamedTuple):
+    """The settings of sampling and their defaults; `generation.generate` tells what they do."""
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = 0.9
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram: int | None = None
+    exempt: Collection[str] = ()
+    banned: Collection[str] = ()
+    forced: Collection[str] = ()
+    logit_bias: Mapping[str | int, float] = {}
+
+
+def check_settings(**sampling) -> Settings:
+    """Refuse settings that mean nothing, and fill in the defaults of the others.
+
+    Args:
+        **sampling: settings by name.
+
+    Returns:
+        `Settings`.
+
+    Raises:
+        ValueError: a setting is unknown or out of range.
+    """
+    if unknown := set(sampling) - set(Settings._fields):
+        raise ValueError(f"Settings of sampling are {', '.join(Settings._fields)}; got {', '.join(sorted(unknown))}.")
+    s = Settings(**sampling)
+    _check_number(s, "temperature", lambda x: x >= 0, "at least 0; 0 takes the likeliest token")
+    _check_number(s, "top_k", lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None for all tokens")
+    _check_number(s, "top_p", lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens")
+    _check_number(s, "min_p", lambda x: 0 <= x <= 1, "from 0 to 1, or None for all tokens")
+    _check_number(s, "typical_p", lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens")
+    _check_number(s, "repetition_penalty", lambda x: x > 0, "above 0; 1 changes nothing, more repeats less")
+    for name in ("presence_penalty", "frequency_penalty"):
+        _check_number(s, name, lambda x: True, "a finite number; 0 changes nothing, more repeats less")
+    _check_number(s, "no_repeat_ngram", lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None")
+    for name in ("exempt", "banned", "forced"):
+        words = getattr(s, name)
+        if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
+            raise ValueError(f"{name} must be a list of words, none of them empty, got {words!r}.")
+    for word in s.forced:
+        if contained := [other for other in s.banned if other in word]:
+            raise ValueError(f"{word!r} is forced and holds {contained[0]!r}, which is banned.")
+    return s
+
+
+def _check_number(settings: Settings, name: str, rule, words: str) -> None:
+    value = getattr(settings, name)
+    if value is None and name in _OPTIONAL:
+        return
+    try:
+        fits = math.isfinite(value) and rule(value)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must be {words}, got {value!r}.")
+
+
+class Sampler:
+    """Settings of sampling made ready for a tokenizer: its tables over the vocabulary.
+
+    Args:
+        tokenizer: the tokenizer.
+        settings: what `check_settings` gave.
+        compiled: choose with `kernels.py`.
+
+    Raises:
+        ValueError: a token of `logit_bias` is none of the vocabulary, or no token is left to choose.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, settings: Settings, compiled: bool = False):
+        self.settings = settings
+        self.compiled = compiled
+        self.eos = tokenizer.EOS
+        self.bias = np.zeros(tokenizer.vocab_size, np.float32)
+        for token, bias in settings.logit_bias.items():
+            self.bias[_token_id(tokenizer, token)] += _checked_bias(token, bias)
+        self.bias[[tokenizer.PAD, tokenizer.BOS]] = -np.inf
+        self.token_bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] if settings.banned else []
+        self.completions = self._ban_words([word.encode("utf-8", "surrogatepass") for word in settings.banned])
+        if np.isneginf(self.bias).all():
+            raise ValueError("banned and logit_bias leave no token to choose, not even the end of the text.")
+        exempt = [i for i in map(tokenizer.piece_id, settings.exempt) if i is not None]
+        self.exempt = np.isin(np.arange(tokenizer.vocab_size), exempt)
+
+    def _ban_words(self, words: list[bytes]) -> dict[bytes, np.ndarray]:
+        """Ban tokens that hold a word, and return, for each beginning of a word, the tokens that would complete it."""
+        order = sorted(range(len(self.token_bytes)), key=self.token_bytes.__getitem__)
+        ordered = [self.token_bytes[i] for i in order]
+        completions = {}
+        for word in words:
+            self.bias[[i for i, held in enumerate(self.token_bytes) if word in held]] = -np.inf
+            for length in range(1, len(word)):
+                rest = word[length:]
+                first = bisect.bisect_left(ordered, rest)
+                # No byte of UTF-8 is 255: all that begin with the rest stand before this.
+                last = bisect.bisect_left(ordered, rest + b"\xff")
+                completions.setdefault(word[:length], set()).update(order[first:last])
+        return {beginning: np.array(sorted(ids), np.int64) for beginning, ids in completions.items()}
+
+    def adjust(self, logits: np.ndarray, texts, rows: np.ndarray) -> np.ndarray:
+        """Apply the bias, the n-gram rule, the banned words and the penalties: what depends on the text so far.
+
+        Args:
+            logits: (R, V).
+            texts: the `Texts` that they follow.
+            rows: which of them, (R,).
+
+        Returns:
+            New logits (R, V).
+        """
+        s = self.settings
+        logits = logits + self.bias
+        if not self.depends_on_text:
+            return logits
+        ids, vocab_size = texts.so_far(rows), len(self.bias)
+        if s.no_repeat_ngram is not None:
+            repeating = sampling.count_tokens(sampling.repeating_tokens(ids, s.no_repeat_ngram), vocab_size) > 0
+            logits[repeating & ~self.exempt] = -np.inf
+        self._ban_completions(logits, ids)
+        logits[np.isneginf(logits).all(axis=-1), self.eos] = 0  # where nothing is left to come the text may end
+        if s.repetition_penalty != 1:
+            counts = np.where(self.exempt, 0, sampling.count_tokens(ids, vocab_size))
+            logits = sampling.penalize_repetition(logits, counts, s.repetition_penalty)
+        if s.presence_penalty or s.frequency_penalty:
+            written = ids[:, ids.shape[1] - texts.num_written :]
+            counts = np.where(self.exempt, 0, sampling.count_tokens(written, vocab_size))
+            logits = sampling.penalize_counts(logits, counts, s.presence_penalty, s.frequency_penalty)
+        return logits
+
+    @property
+    def depends_on_text(self) -> bool:
+        """Whether the adjustment depends on the text so far."""
+        s = self.settings
+        neutral = (s.no_repeat_ngram, s.repetition_penalty, s.presence_penalty, s.frequency_penalty) == (None, 1, 0, 0)
+        return not neutral or bool(self.completions)
+
+    def _ban_completions(self, logits: np.ndarray, ids: np.ndarray) -> None:
+        """Ban the tokens that would complete a banned word, however its beginning was spelt; in place."""
+        longest = max(map(len, self.completions), default=0)
+        for row, text in enumerate(ids if longest else ()):
+            tail = b"".join(self.token_bytes[i] for i in text[-longest:] if i >= 0)
+            for length in range(1, min(longest, len(tail)) + 1):
+                if (banned := self.completions.get(tail[-length:])) is not None:
+                    logits[row, banned] = -np.inf
+
+    def choose(self, logits, uniforms):
+        """Choose a token from each row: the likeliest at temperature 0, or a draw from what the settings keep.
+
+        Args:
+            logits: (R, V), adjusted.
+            uniforms: (R,), uniform in [0, 1).
+
+        Returns:
+            Ids, int (R,).
+        """
+        s = self.settings
+        ops = sampling.library_of(logits)
+        if s.temperature == 0:
+            return ops.argmax(logits, axis=-1)
+        if self.compiled and ops is np:
+            from . import kernels
+
+            top_k = min(int(s.top_k or logits.shape[-1]), logits.shape[-1])
+            shares = (np.float32(share) for share in (s.typical_p or 1, s.top_p or 1, s.min_p or 0))
+            return kernels.choose(logits, uniforms, np.float32(s.temperature), top_k, *shares)
+        logits = sampling.apply_temperature(logits, s.temperature)
+        ids = None
+        if s.top_k is not None:
+            logits, ids = sampling.top_k(logits, int(s.top_k))
+        if s.typical_p is not None:
+            logits = sampling.keep_typical(logits, s.typical_p)
+        if s.top_p is not None:
+            logits = sampling.keep_top_p(logits, s.top_p)
+        if s.min_p is not None:
+            logits = sampling.keep_min_p(logits, s.min_p)
+        drawn = sampling.draw(logits, uniforms)
+        return drawn if ids is None else ops.take_along_axis(ids, drawn[..., None], axis=-1)[..., 0]
+
+
+def _token_id(tokenizer: Tokenizer, token: str | int) -> int:
+    if isinstance(token, str):
+        ids = tokenizer.encode(token)
+        if len(ids) != 1:
+            raise ValueError(f"logit_bias takes single tokens, and {token!r} is {len(ids)}. Use banned or forced.")
+        return ids[0]
+    if not 0 <= token < tokenizer.vocab_size:
+        raise ValueError(f"Ids of this vocabulary run from 0 to {tokenizer.vocab_size - 1}, got {token} in logit_bias.")
+    return token
+
+
+def _checked_bias(token: str | int, bias: float) -> float:
+    if math.isnan(bias) or bias == math.inf:
+        raise ValueError(f"logit_bias must be a number or minus infinity, got {bias} for {token!r}.")
+    return bias
