@@ -25,6 +25,7 @@ _PUBLIC = {
     "evaluation": ("baselines", "evaluate"),
     "training": ("train",),
     "generation": ("generate", "generate_batch", "stream"),
+    "live": ("show",),
     "saving": ("load", "load_writer", "read_run", "save", "versions"),
     "estimation": ("estimate", "memory_warning"),
     "pipeline": ("run_pipeline",),

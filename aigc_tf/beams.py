@@ -23,7 +23,7 @@ def search_beams(
         length_penalty: the log-probability of a text is divided by its number of tokens to this power.
 
     Returns:
-        For each prompt the ids written, the end of document left out.
+        For each prompt the ids written, the last of them the end of document unless the tokens ran out.
     """
     prompts = range(len(texts.ids) // num_beams)
     scores = {prompt: np.zeros(1) for prompt in prompts}  # of the living beams: one at first, as all begin equal
@@ -49,7 +49,7 @@ def search_beams(
                 if np.isneginf(best[0, i]) or len(going) == num_beams:
                     break
                 if token == sampler.eos:
-                    ended[prompt].append((best[0, i] / length**length_penalty, texts.written(row)))
+                    ended[prompt].append((best[0, i] / length**length_penalty, [*texts.written(row), sampler.eos]))
                 else:
                     going.append((best[0, i], row, token))
             ended[prompt] = sorted(ended[prompt], key=lambda pair: -pair[0])[:num_beams]

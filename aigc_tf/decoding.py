@@ -89,9 +89,9 @@ def model_weights(model) -> TransformerWeights | LstmWeights | None:
         return model
     if not hasattr(model, "get_layer"):  # no Keras model
         return None
-    values = {id(variable): value for variable, value in zip(model.weights, model.get_weights(), strict=True)}
+    values = {id(variable): _value(variable) for variable in model.weights}
     before, weights = _read_before.get(model, ({}, None))
-    if before.keys() == values.keys() and all(np.array_equal(values[key], before[key]) for key in before):
+    if before.keys() == values.keys() and all(_same(values[key], before[key]) for key in before):
         return weights
     with contextlib.suppress(NotImplementedError):  # of a layer of the user's that cannot tell its configuration
         config = json.loads(model.to_json())["config"]
@@ -100,6 +100,17 @@ def model_weights(model) -> TransformerWeights | LstmWeights | None:
         )
     _read_before[model] = values, weights
     return weights
+
+
+def _value(variable) -> np.ndarray:
+    """Return the value of a Keras variable, on a CPU without copying it: a tensor that was read does not change."""
+    value = variable.value
+    return np.asarray(value.read_value() if hasattr(value, "read_value") else value)
+
+
+def _same(now: np.ndarray, before: np.ndarray) -> bool:
+    # What is before stays in memory while it is kept, so another value stands elsewhere.
+    return now.ctypes.data == before.ctypes.data or np.array_equal(now, before)
 
 
 # --- the decoders --------------------------------------------------------------------------------------------

@@ -60,6 +60,13 @@ def uses_gpu() -> bool:
     return bool(tf.config.list_logical_devices("GPU"))
 
 
+def uses_accelerator() -> bool:
+    """Tell whether the backend computes on a GPU or TPU."""
+    if keras.backend.backend() == "jax":
+        return any(not name.startswith("cpu") for name in keras.distribution.list_devices())
+    return any(tf.config.list_logical_devices(kind) for kind in ("GPU", "TPU"))
+
+
 def gpu_bytes_in_use() -> int:
     """Count the memory of the first GPU that arrays of this process hold."""
     if keras.backend.backend() == "jax":

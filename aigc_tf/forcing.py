@@ -26,15 +26,21 @@ class Forcing:
     """
 
     def __init__(self, sampler: Sampler, tokenizer: Tokenizer, prompt: str, max_new_tokens: int):
-        self._tokenizer, self._eos = tokenizer, tokenizer.EOS
+        self._eos = tokenizer.EOS
         self._banned = [word.encode("utf-8", "surrogatepass") for word in sampler.settings.banned]
+        forced = sampler.settings.forced
         self._missing = {
-            word.encode("utf-8", "surrogatepass"): tokenizer.encode(word) for word in sampler.settings.forced
+            word.encode("utf-8", "surrogatepass"): tokenizer.encode(word)
+            for word in forced
+            if not any(word in other for other in forced if other != word)  # which comes with the other
         }
         if self._needed() > max_new_tokens:
             raise ValueError(
                 f"The forced words need {self._needed()} tokens, got max_new_tokens {max_new_tokens}. Allow more."
             )
+        self._bytes = data = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self._beginning = [i for i, held in enumerate(data) if complete_characters(held)[1]]
+        self._not_continuing = [i for i, held in enumerate(data) if not (len(held) == 1 and 0x80 <= held[0] < 0xC0)]
         self._text = prompt.encode("utf-8", "surrogatepass")
         self._written = b""
         self._half_written = b""
@@ -59,8 +65,9 @@ class Forcing:
                 self._rest = list(self._missing[word])
         if not self._rest:
             logits[self._eos] = -np.inf
-            if not self._half_written and steps_left - self._needed() < 4:  # a character spelt in bytes takes up to 4
-                logits[[i for i in range(len(logits)) if _begins_character(self._tokenizer.token_bytes(i))]] = -np.inf
+            if steps_left - self._needed() < 4:  # a character spelt in bytes takes up to 4
+                logits[self._not_continuing if self._half_written else self._beginning] = -np.inf
+                self._keep_words_possible(logits)
             if np.isneginf(logits).all():
                 self._rest = list(next(iter(self._missing.values())))
         if self._rest:
@@ -70,9 +77,19 @@ class Forcing:
     def _fitting_word(self, steps_left: int) -> bytes | None:
         """Return the first word that there is room for and that completes no banned one."""
         for word, ids in self._missing.items():
-            if len(ids) <= steps_left and not any(banned in self._text + word for banned in self._banned):
+            if len(ids) <= steps_left and self._fits(self._text, word):
                 return word
         return None
+
+    def _fits(self, text: bytes, word: bytes) -> bool:
+        return not any(banned in text[max(0, len(text) - len(banned) + 1) :] + word for banned in self._banned)
+
+    def _keep_words_possible(self, logits: np.ndarray) -> None:
+        """Leave those tokens after which some word may come without completing a banned one."""
+        tail = self._text[-max(map(len, self._banned), default=0) :]
+        for i in np.flatnonzero(logits > -np.inf) if self._banned else ():
+            if not any(self._fits(tail + self._bytes[i], word) for word in self._missing):
+                logits[i] = -np.inf
 
     def _is_due(self, logits: np.ndarray, first: int) -> bool:
         probability = float(softmax(logits)[first])
@@ -82,7 +99,7 @@ class Forcing:
 
     def note(self, token: int) -> None:
         """Take account of the token written."""
-        data = self._tokenizer.token_bytes(token)
+        data = self._bytes[token]
         self._text, self._written = self._text + data, self._written + data
         self._half_written = complete_characters(self._half_written + data)[1]
         come = [word for word in self._missing if word in self._written]
@@ -90,7 +107,3 @@ class Forcing:
             del self._missing[word]
         if come:
             self._odds, self._num_odds, self._urge = 0.0, 0, 0.0
-
-
-def _begins_character(data: bytes) -> bool:
-    return bool(data) and bool(complete_characters(data)[1])

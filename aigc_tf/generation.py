@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from .beams import search_beams
-from .decoding import decoder, is_compiled
+from .decoding import decoder, is_compiled, model_weights
 from .forcing import Forcing
-from .sampler import Sampler, Settings, check_settings
+from .sampler import Sampler, Settings, check_number, check_settings
 from .sampling import log_softmax
 from .texts import Texts
 from .tokenizer import Tokenizer, check_vocabulary
@@ -103,24 +103,26 @@ def generate_batch(
     Raises:
         ValueError: see `generate`.
     """
-    settings = check_generation(max_new_tokens, best_of, num_beams, length_penalty, **sampling)
+    settings = check_generation(max_new_tokens, seed, best_of, num_beams, length_penalty, **sampling)
+    max_new_tokens, best_of, num_beams = int(max_new_tokens), int(best_of), int(num_beams)
     check_vocabulary(model, tokenizer)
     if not prompts:
         return []
-    compiled = is_compiled(model, len(prompts) * best_of * num_beams * max_new_tokens)
-    sampler = Sampler(tokenizer, settings, compiled)
+    num_rows = len(prompts) * best_of * num_beams
+    sampler = Sampler(tokenizer, settings, is_compiled(model, num_rows * max_new_tokens))
     forcings = _forcings(sampler, tokenizer, prompts, best_of, max_new_tokens)
-    texts = _texts(model, tokenizer, prompts, best_of * num_beams, max_new_tokens, compiled)
+    begins = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts for _ in range(best_of * num_beams)]
     if num_beams > 1:
+        texts = Texts(decoder(model, num_rows, sampler.compiled), begins, max_new_tokens)
         written = search_beams(texts, sampler, num_beams, max_new_tokens, length_penalty)
     else:
-        log_probabilities = np.zeros(len(texts.ids))
+        log_probabilities = np.zeros(num_rows)
         uniforms = _uniforms(len(prompts), best_of, max_new_tokens, seed)
-        for _ in _steps(texts, sampler, forcings, uniforms, log_probabilities if best_of > 1 else None):
-            pass
-        written = [texts.written(row) for row in range(len(texts.ids))]
-        average = [total / max(1, len(ids)) for total, ids in zip(log_probabilities, written, strict=True)]
-        written = [written[i + np.argmax(average[i : i + best_of])] for i in range(0, len(written), best_of)]
+        steps = _write(model, sampler, begins, forcings, uniforms, log_probabilities if best_of > 1 else None)
+        written = np.array([*steps], int).reshape(-1, num_rows).T
+        lengths = np.minimum(np.cumprod(written != tokenizer.EOS, axis=1).sum(axis=1) + 1, written.shape[1])
+        average = log_probabilities / np.maximum(1, lengths)
+        written = [written[i + average[i : i + best_of].argmax()] for i in range(0, num_rows, best_of)]
     return [
         prompt + "".join(tokenizer.decode_stream(ids, cut=True)) for prompt, ids in zip(prompts, written, strict=True)
     ]
@@ -158,17 +160,16 @@ def stream(
         raise ValueError(
             f"A stream shows its text at once, and {', '.join(sorted(late))} would know it only at the end."
         )
-    settings = check_generation(max_new_tokens, **sampling)
+    settings = check_generation(max_new_tokens, seed, **sampling)
+    max_new_tokens = int(max_new_tokens)
     check_vocabulary(model, tokenizer)
-    compiled = is_compiled(model, max_new_tokens)
-    sampler = Sampler(tokenizer, settings, compiled)
+    sampler = Sampler(tokenizer, settings, is_compiled(model, max_new_tokens))
     forcings = _forcings(sampler, tokenizer, [prompt], 1, max_new_tokens)
     uniforms = _uniforms(1, 1, max_new_tokens, seed)
 
     def pieces():
         yield prompt
-        texts = _texts(model, tokenizer, [prompt], 1, max_new_tokens, compiled)
-        steps = _steps(texts, sampler, forcings, uniforms)
+        steps = _write(model, sampler, [[tokenizer.BOS, *tokenizer.encode(prompt)]], forcings, uniforms)
         yield from tokenizer.decode_stream((int(ids[0]) for ids in steps), cut=True)
 
     return pieces()
@@ -178,16 +179,23 @@ _SEARCH_CANNOT_HEED = ("temperature", "top_k", "top_p", "min_p", "typical_p", "f
 
 
 def check_generation(
-    max_new_tokens: int = 100, best_of: int = 1, num_beams: int = 1, length_penalty: float = 1.0, **sampling
+    max_new_tokens: int = 100,
+    seed: int | None = None,
+    best_of: int = 1,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    **sampling,
 ) -> Settings:
     """Refuse settings that mean nothing, and return those of sampling."""
-    if max_new_tokens < 0 or max_new_tokens != int(max_new_tokens):
-        raise ValueError(f"max_new_tokens must be a whole number of at least 0, got {max_new_tokens}.")
-    for name, number in (("best_of", best_of), ("num_beams", num_beams)):
-        if number < 1 or number != int(number):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {number}.")
-    if not abs(length_penalty) < float("inf"):
-        raise ValueError(f"length_penalty must be a finite number, got {length_penalty}.")
+    for name, number, least in (
+        ("max_new_tokens", max_new_tokens, 0),
+        ("best_of", best_of, 1),
+        ("num_beams", num_beams, 1),
+        ("seed", 0 if seed is None else seed, 0),
+    ):
+        words = f"a whole number of at least {least}"
+        check_number(name, number, lambda x, least=least: x >= least and x == int(x), words)
+    check_number("length_penalty", length_penalty, lambda x: True, "a finite number")
     if num_beams > 1 and best_of > 1:
         raise ValueError("Beam search leaves nothing to chance: give num_beams or best_of, not both.")
     if num_beams > 1 and (given := [name for name in _SEARCH_CANNOT_HEED if name in sampling]):
@@ -201,16 +209,26 @@ def _forcings(sampler, tokenizer, prompts, samples, max_new_tokens) -> list[Forc
     return [Forcing(sampler, tokenizer, prompt, max_new_tokens) for prompt in prompts for _ in range(samples)]
 
 
-def _texts(model, tokenizer, prompts, rows_each, max_new_tokens, compiled) -> Texts:
-    ids = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts for _ in range(rows_each)]
-    return Texts(decoder(model, len(ids), compiled), ids, max_new_tokens)
-
-
 def _uniforms(num_prompts: int, samples: int, max_new_tokens: int, seed: int | None) -> np.ndarray:
     """Draw the chance of all steps, (rows, steps), so that a text does not depend on those beside it."""
-    seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
+    seed = int(np.random.default_rng().integers(2**31) if seed is None else seed)
     seeds = [(seed + i, j) if j else seed + i for i in range(num_prompts) for j in range(samples)]
     return np.array([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+
+
+def _write(model, sampler, begins, forcings, uniforms, log_probabilities=None) -> Iterator[np.ndarray]:
+    """Write on from the ids that the texts begin with, where it is fastest, and give the ids of each step.
+
+    That is a GPU or TPU if there is one, but for words banned or forced, which depend on how tokens are spelt.
+    """
+    weights = model_weights(model)
+    if weights is not None and weights is not model:  # bare weights come from a process without Keras
+        from . import devices, loop
+
+        if devices.uses_accelerator() and loop.can_run(sampler):
+            return loop.steps(weights, sampler, begins, uniforms, log_probabilities=log_probabilities)
+    texts = Texts(decoder(model, len(begins), sampler.compiled), begins, uniforms.shape[1])
+    return _steps(texts, sampler, forcings, uniforms, log_probabilities)
 
 
 def _steps(texts, sampler, forcings, uniforms, log_probabilities=None) -> Iterator[np.ndarray]:

@@ -6,6 +6,7 @@ largest of its row and halves what is read for each token: reading weights is wh
 
 import math
 import threading
+import time
 import weakref
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from .weights import LstmWeights, TransformerWeights
 
 _f32 = np.float32
+_MAX_THREADS = numba.config.NUMBA_NUM_THREADS
 _OUTPUTS = 32  # of a matrix that a thread computes at a time
 # One call at a time: not every threading layer of numba bears two, and each call uses all cores anyway.
 _one_at_a_time = threading.Lock()
@@ -32,6 +34,45 @@ def _compiled(**options):
     return compile_lazily
 
 
+class _Threads:
+    """Runs compiled functions in as many threads as are fastest just now.
+
+    Beside other busy programs, threads that wait for one another at each matrix can be fifty times as slow as a
+    single one, and many cores can be too many for a small model. So the numbers are tried in turn now and then; the
+    result is the same to the bit.
+    """
+
+    PERIOD = 256  # calls between two trials
+
+    def __init__(self):
+        self._numbers = sorted({_MAX_THREADS, *(2**i for i in range(_MAX_THREADS.bit_length()))})
+        self._calls = 0
+
+    def run(self, function, *args):
+        trial, again = divmod(self._calls % self.PERIOD, 2)
+        if trial < len(self._numbers):
+            if not trial and not again:
+                self._seconds = [math.inf] * len(self._numbers)
+            began = time.perf_counter()
+            result = _run(self._numbers[trial], function, *args)
+            self._seconds[trial] = min(self._seconds[trial], time.perf_counter() - began)
+        else:
+            result = _run(self._numbers[self._seconds.index(min(self._seconds))], function, *args)
+        self._calls += 1
+        return result
+
+
+def _run(num_threads: int, function, *args):
+    """Call a compiled function in a number of threads; the user's own numba code keeps its number."""
+    before = numba.get_num_threads()
+    numba.set_num_threads(num_threads)
+    try:
+        with _one_at_a_time:
+            return function(*args)
+    finally:
+        numba.set_num_threads(before)
+
+
 # --- a model's parts -----------------------------------------------------------------------------------------
 
 
@@ -46,7 +87,7 @@ class _Matrix(NamedTuple):
 def _pack(matrix: np.ndarray, bias: np.ndarray) -> _Matrix:
     """Pack a matrix (inputs, outputs), with outputs of zero up to an even number, as the kernel takes them by two."""
     odd = matrix.shape[1] % 2
-    matrix, bias = np.pad(matrix, ((0, 0), (0, odd))).T, np.pad(bias, (0, odd))
+    matrix, bias = np.ascontiguousarray(np.pad(matrix, ((0, 0), (0, odd))).T), np.pad(bias, (0, odd))
     scale = np.maximum(np.abs(matrix).max(1), np.finfo(_f32).tiny) / _f32(2**15 - 1)
     return _Matrix(np.rint(matrix / scale[:, None]).astype(np.int16), scale, bias)
 
@@ -59,8 +100,8 @@ def _pack_all(matrices, biases) -> _Matrix:
 def _exp(x):
     """Compute e^x from -87 to 88, to 4e-6 of it, in a form that runs in vectors; numba's own calls a function."""
     y = min(max(x, _f32(-87)), _f32(88)) * _f32(1.4426950408889634)
-    whole = math.floor(y)
-    f = _f32(y - whole)
+    whole = np.floor(y)
+    f = y - whole
     p = _f32(1.8775767e-3)
     p = p * f + _f32(8.9893397e-3)
     p = p * f + _f32(5.5826318e-2)
@@ -95,17 +136,19 @@ def _linear(x, rounded, scale, bias, gelu):
                     b3 += x[t + 3, i] * b
                 out[t, o], out[t + 1, o], out[t + 2, o], out[t + 3, o] = a0, a1, a2, a3
                 out[t, p], out[t + 1, p], out[t + 2, p], out[t + 3, p] = b0, b1, b2, b3
-            for t in range(fours, num_tokens):
-                a0 = b0 = _f32(0)
-                for i in range(num_inputs):
-                    a0 += x[t, i] * _f32(rounded[o, i])
-                    b0 += x[t, i] * _f32(rounded[p, i])
-                out[t, o], out[t, p] = a0, b0
+            for q in (o, p):  # one after the other: memory is read ahead best in one stream
+                for t in range(fours, num_tokens):
+                    a0 = _f32(0)
+                    for i in range(num_inputs):
+                        a0 += x[t, i] * _f32(rounded[q, i])
+                    out[t, q] = a0
         for t in range(num_tokens):
-            for o in range(first, end):
+            # Numbers without a sign, as an index that might be negative keeps a loop from running in vectors.
+            for o in range(np.uint64(first), np.uint64(end)):
                 y = out[t, o] * scale[o] + bias[o]
                 if gelu:
-                    y /= 1 + _exp(_f32(-2 * math.sqrt(2 / math.pi)) * (y + _f32(0.044715) * y * y * y))
+                    z = _f32(-2 * math.sqrt(2 / math.pi)) * (y + _f32(0.044715) * y * y * y)
+                    y /= _f32(1) + _exp(z)
                 out[t, o] = y
     return out
 
@@ -127,37 +170,56 @@ def _norm(x, scale_and_offset):
     return out
 
 
+@_compiled(fastmath=True)
+def _round(vector, rounded):
+    """Put a vector of floats into one of `int16`, and return its scale."""
+    largest = _f32(0)
+    for d in range(len(vector)):
+        largest = max(largest, abs(vector[d]))
+    scale = max(largest, _f32(1e-30)) / _f32(2**15 - 1)
+    for d in range(len(vector)):
+        rounded[d] = np.int16(np.rint(vector[d] / scale))
+    return scale
+
+
 @_compiled(parallel=True, fastmath=True)
-def _attend(qkv, keys, values, rows, positions):
-    """Put the tokens' keys and values into the cache (rows, H, T, D / H), and return what each token attends to."""
-    num_heads, head_dim = keys.shape[1], keys.shape[3]
+def _attend(qkv, keys, values, scales, rows, positions):
+    """Put the tokens' keys and values into the cache, and return what each token attends to.
+
+    Keys lie (rows, H, D / H, T) and values (rows, H, T, D / H), so that both products run along what is contiguous;
+    as reading them limits a large batch, they are `int16` with a scale for each, (2, rows, H, T).
+    """
+    num_heads, head_dim = values.shape[1], values.shape[3]
     dim = num_heads * head_dim
     for t in range(len(rows)):
+        row, position = rows[t], positions[t]
         for h in range(num_heads):
-            for d in range(head_dim):
-                keys[rows[t], h, positions[t], d] = qkv[t, dim + h * head_dim + d]
-                values[rows[t], h, positions[t], d] = qkv[t, 2 * dim + h * head_dim + d]
-    out = np.zeros((len(rows), dim), _f32)
+            key, value = qkv[t, dim + h * head_dim :], qkv[t, 2 * dim + h * head_dim :]
+            scales[0, row, h, position] = _round(key[:head_dim], keys[row, h, :, position])
+            scales[1, row, h, position] = _round(value[:head_dim], values[row, h, position])
+    out = np.zeros((len(rows) * num_heads, head_dim), _f32)
+    # No views and no new arrays below: counting references to them would make the threads wait for each other.
+    scores = np.zeros((len(rows) * num_heads, keys.shape[3]), _f32)
     for job in numba.prange(len(rows) * num_heads):
         t, h = job // num_heads, job % num_heads
-        query, attended = qkv[t, h * head_dim : (h + 1) * head_dim], out[t, h * head_dim : (h + 1) * head_dim]
-        until = positions[t] + 1
-        scores = np.empty(until, _f32)
+        row, until = rows[t], positions[t] + 1
+        for d in range(head_dim):
+            q = qkv[t, h * head_dim + d] * _f32(1 / math.sqrt(head_dim))
+            for s in range(until):
+                scores[job, s] += q * _f32(keys[row, h, d, s])
+        largest = _f32(-np.inf)
         for s in range(until):
-            score = _f32(0)
-            for d in range(head_dim):
-                score += query[d] * keys[rows[t], h, s, d]
-            scores[s] = score * _f32(1 / math.sqrt(head_dim))
-        largest = scores.max()
+            scores[job, s] *= scales[0, row, h, s]
+            largest = max(largest, scores[job, s])
         total = _f32(0)
         for s in range(until):
-            scores[s] = _exp(scores[s] - largest)
-            total += scores[s]
+            scores[job, s] = _exp(scores[job, s] - largest)
+            total += scores[job, s]
         for s in range(until):
-            share = scores[s] / total
+            share = scores[job, s] / total * scales[1, row, h, s]
             for d in range(head_dim):
-                attended[d] += share * values[rows[t], h, s, d]
-    return out
+                out[job, d] += share * _f32(values[row, h, s, d])
+    return out.reshape(len(rows), dim)
 
 
 # --- the decoders --------------------------------------------------------------------------------------------
@@ -165,13 +227,13 @@ def _attend(qkv, keys, values, rows, positions):
 
 @_compiled()
 def _read_transformer(tokens, positions_table, norms, attention, output, mlp_norms, expand, project, final_norm, head,
-                      keys, values, rows, positions, ids, last):  # fmt: skip
+                      keys, values, scales, rows, positions, ids, last):  # fmt: skip
     x = np.empty((len(ids), tokens.shape[1]), _f32)
     for t in range(len(ids)):
         x[t] = tokens[ids[t]] + positions_table[positions[t]]
     for i in range(len(norms)):
         y = _linear(_norm(x, norms[i]), attention.rounded[i], attention.scale[i], attention.bias[i], False)
-        y = _attend(y, keys[i], values[i], rows, positions)
+        y = _attend(y, keys[i], values[i], scales[i], rows, positions)
         x += _linear(y, output.rounded[i], output.scale[i], output.bias[i], False)
         y = _linear(_norm(x, mlp_norms[i]), expand.rounded[i], expand.scale[i], expand.bias[i], True)
         x += _linear(y, project.rounded[i], project.scale[i], project.bias[i], False)
@@ -207,13 +269,23 @@ _packed = weakref.WeakKeyDictionary()  # weights -> what the kernels take
 def decoder(weights: TransformerWeights | LstmWeights, num_rows: int):
     """Make the `read` and `copy` of a `decoding.Decoder`; `read` is also told where each row's last token stands."""
     make = _lstm_decoder if isinstance(weights, LstmWeights) else _transformer_decoder
-    return make(weights, num_rows)
+    read, copy = make(weights, num_rows)
+    threads = _Threads()
+
+    def read_in_threads(rows, positions, ids, last):
+        if len(ids) == len(last):
+            return threads.run(read, rows, positions, ids, last)
+        return _run(_MAX_THREADS, read, rows, positions, ids, last)  # a prompt is work enough for all
+
+    return read_in_threads, copy
 
 
 def _transformer_decoder(w: TransformerWeights, num_rows: int):
     vocab_size, dim = w.token_embedding.shape
-    shape = (2, len(w.blocks), num_rows, w.num_heads, len(w.position_embedding), dim // w.num_heads)
-    keys, values = np.zeros(shape, _f32)
+    num_blocks, num_heads, context, head_dim = len(w.blocks), w.num_heads, len(w.position_embedding), dim // w.num_heads
+    keys = np.zeros((num_blocks, num_rows, num_heads, head_dim, context), np.int16)
+    values = np.zeros((num_blocks, num_rows, num_heads, context, head_dim), np.int16)
+    scales = np.zeros((num_blocks, 2, num_rows, num_heads, context), _f32)
     if w not in _packed:
         b = [list(field) for field in zip(*w.blocks, strict=True)]
         _packed[w] = (
@@ -231,12 +303,12 @@ def _transformer_decoder(w: TransformerWeights, num_rows: int):
     packed = _packed[w]
 
     def read(rows, positions, ids, last):
-        with _one_at_a_time:
-            return _read_transformer(*packed, keys, values, rows, positions, ids, last)[:, :vocab_size]
+        return _read_transformer(*packed, keys, values, scales, rows, positions, ids, last)[:, :vocab_size]
 
     def copy(parents):
         moved = np.flatnonzero(parents != np.arange(num_rows))
         keys[:, moved], values[:, moved] = keys[:, parents[moved]], values[:, parents[moved]]
+        scales[:, :, moved] = scales[:, :, parents[moved]]
 
     return read, copy
 
@@ -256,15 +328,14 @@ def _lstm_decoder(w: LstmWeights, num_rows: int):
     def read(rows, positions, ids, last):
         new = rows[positions == 0]
         order = np.arange(len(rows)) - np.searchsorted(rows, rows)  # the first token of each row, the second, ...
-        with _one_at_a_time:
-            for state in states:
-                state[:, new] = 0
-            for i in range(order.max() + 1):
-                step(rows[order == i], ids[order == i])
-            x = states[-1][0, rows[last]]
-            for matrix in head:
-                x = _linear(x, *matrix, False)
-            return x[:, :vocab_size]
+        for state in states:
+            state[:, new] = 0
+        for i in range(order.max() + 1):
+            step(rows[order == i], ids[order == i])
+        x = states[-1][0, rows[last]]
+        for matrix in head:
+            x = _linear(x, *matrix, False)
+        return x[:, :vocab_size]
 
     def copy(parents):
         for state in states:
@@ -346,14 +417,13 @@ def _draw(odds, uniform):
     return token
 
 
-@_compiled(parallel=True, fastmath=_WITH_INFINITY)
-def choose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p):
+def choose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p) -> np.ndarray:
     """Draw a token from each row (V,) as the functions of `sampling.py` do one after the other.
 
     Args:
         logits: `float32 (R, V)`.
         uniforms: `float64 (R,)`, uniform in [0, 1).
-        temperature: above 0, `float32`.
+        temperature: above 0.
         top_k: V for all tokens.
         typical_p: 1 for all tokens.
         top_p: 1 for all tokens.
@@ -362,6 +432,12 @@ def choose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p):
     Returns:
         Token ids, `int64 (R,)`.
     """
+    shares = (_f32(share) for share in (typical_p, top_p, min_p))
+    return _run(min(_MAX_THREADS, len(logits)), _choose, logits, uniforms, _f32(temperature), top_k, *shares)
+
+
+@_compiled(parallel=True, fastmath=_WITH_INFINITY)
+def _choose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p):
     num_rows, vocab_size = logits.shape
     ids = np.empty(num_rows, np.int64)
     for row in numba.prange(num_rows):

@@ -6,7 +6,7 @@ Forced words stand above it (`forcing.py`): they take the place of the draw.
 
 import bisect
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -49,30 +49,46 @@ def check_settings(**sampling) -> Settings:
     """
     if unknown := set(sampling) - set(Settings._fields):
         raise ValueError(f"Settings of sampling are {', '.join(Settings._fields)}; got {', '.join(sorted(unknown))}.")
-    s = Settings(**sampling)
-    _check_number(s, "temperature", lambda x: x >= 0, "at least 0; 0 takes the likeliest token")
-    _check_number(s, "top_k", lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None for all tokens")
-    _check_number(s, "top_p", lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens")
-    _check_number(s, "min_p", lambda x: 0 <= x <= 1, "from 0 to 1, or None for all tokens")
-    _check_number(s, "typical_p", lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens")
-    _check_number(s, "repetition_penalty", lambda x: x > 0, "above 0; 1 changes nothing, more repeats less")
-    for name in ("presence_penalty", "frequency_penalty"):
-        _check_number(s, name, lambda x: True, "a finite number; 0 changes nothing, more repeats less")
-    _check_number(s, "no_repeat_ngram", lambda x: x >= 1 and x == int(x), "a whole number of at least 1, or None")
+    given = Settings(**sampling)._asdict()
+    rules = {
+        "temperature": (lambda x: x >= 0, "at least 0; 0 takes the likeliest token"),
+        "top_k": (_at_least_1, "a whole number of at least 1, or None for all tokens"),
+        "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens"),
+        "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1, or None for all tokens"),
+        "typical_p": (lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens"),
+        "repetition_penalty": (lambda x: x > 0, "above 0; 1 changes nothing, more repeats less"),
+        "presence_penalty": (lambda x: True, "a finite number; 0 changes nothing, more repeats less"),
+        "frequency_penalty": (lambda x: True, "a finite number; 0 changes nothing, more repeats less"),
+        "no_repeat_ngram": (_at_least_1, "a whole number of at least 1, or None"),
+    }
+    for name, (rule, words) in rules.items():
+        if given[name] is not None or name not in _OPTIONAL:
+            check_number(name, given[name], rule, words)
+            given[name] = (int if rule is _at_least_1 else float)(given[name])
     for name in ("exempt", "banned", "forced"):
-        words = getattr(s, name)
-        if isinstance(words, str) or not all(isinstance(word, str) and word for word in words):
-            raise ValueError(f"{name} must be a list of words, none of them empty, got {words!r}.")
-    for word in s.forced:
-        if contained := [other for other in s.banned if other in word]:
+        words = given[name]
+        if not isinstance(words, str) and isinstance(words, Iterable):
+            given[name] = words = tuple(words)
+        if not isinstance(words, tuple) or not all(isinstance(word, str) and word for word in words):
+            raise ValueError(f"{name} must be a list of words, none of them empty, got {_shown(words)}.")
+    for word in given["forced"]:
+        if contained := [other for other in given["banned"] if other in word]:
             raise ValueError(f"{word!r} is forced and holds {contained[0]!r}, which is banned.")
-    return s
+    if not isinstance(given["logit_bias"], Mapping):
+        raise ValueError(f"logit_bias must map tokens to numbers, got {given['logit_bias']!r}.")
+    return Settings(**given)
 
 
-def _check_number(settings: Settings, name: str, rule, words: str) -> None:
-    value = getattr(settings, name)
-    if value is None and name in _OPTIONAL:
-        return
+def _at_least_1(x) -> bool:
+    return x >= 1 and x == int(x)
+
+
+def _shown(words) -> str:
+    return repr(list(words) if isinstance(words, tuple) else words)
+
+
+def check_number(name: str, value, rule, words: str) -> None:
+    """Refuse what is no finite number, or breaks a rule."""
     try:
         fits = math.isfinite(value) and rule(value)
     except TypeError:
@@ -137,13 +153,13 @@ class Sampler:
         s = self.settings
         logits = logits + self.bias
         if not self.depends_on_text:
-            return logits
+            return self._or_end(logits)
         ids, vocab_size = texts.so_far(rows), len(self.bias)
         if s.no_repeat_ngram is not None:
             repeating = sampling.count_tokens(sampling.repeating_tokens(ids, s.no_repeat_ngram), vocab_size) > 0
             logits[repeating & ~self.exempt] = -np.inf
         self._ban_completions(logits, ids)
-        logits[np.isneginf(logits).all(axis=-1), self.eos] = 0  # where nothing is left to come the text may end
+        logits = self._or_end(logits)
         if s.repetition_penalty != 1:
             counts = np.where(self.exempt, 0, sampling.count_tokens(ids, vocab_size))
             logits = sampling.penalize_repetition(logits, counts, s.repetition_penalty)
@@ -151,6 +167,11 @@ class Sampler:
             written = ids[:, ids.shape[1] - texts.num_written :]
             counts = np.where(self.exempt, 0, sampling.count_tokens(written, vocab_size))
             logits = sampling.penalize_counts(logits, counts, s.presence_penalty, s.frequency_penalty)
+        return logits
+
+    def _or_end(self, logits: np.ndarray) -> np.ndarray:
+        """Let a text end for which nothing is left to come; in place."""
+        logits[logits.max(axis=-1) == -np.inf, self.eos] = 0
         return logits
 
     @property
@@ -187,8 +208,7 @@ class Sampler:
             from . import kernels
 
             top_k = min(int(s.top_k or logits.shape[-1]), logits.shape[-1])
-            shares = (np.float32(share) for share in (s.typical_p or 1, s.top_p or 1, s.min_p or 0))
-            return kernels.choose(logits, uniforms, np.float32(s.temperature), top_k, *shares)
+            return kernels.choose(logits, uniforms, s.temperature, top_k, s.typical_p or 1, s.top_p or 1, s.min_p or 0)
         logits = sampling.apply_temperature(logits, s.temperature)
         ids = None
         if s.top_k is not None:
@@ -209,12 +229,15 @@ def _token_id(tokenizer: Tokenizer, token: str | int) -> int:
         if len(ids) != 1:
             raise ValueError(f"logit_bias takes single tokens, and {token!r} is {len(ids)}. Use banned or forced.")
         return ids[0]
+    if not isinstance(token, int | np.integer):
+        raise ValueError(f"logit_bias takes tokens as their text or their id, got {token!r}.")
     if not 0 <= token < tokenizer.vocab_size:
         raise ValueError(f"Ids of this vocabulary run from 0 to {tokenizer.vocab_size - 1}, got {token} in logit_bias.")
-    return token
+    return int(token)
 
 
 def _checked_bias(token: str | int, bias: float) -> float:
-    if math.isnan(bias) or bias == math.inf:
-        raise ValueError(f"logit_bias must be a number or minus infinity, got {bias} for {token!r}.")
-    return bias
+    if bias != -math.inf:
+        largest = float(np.finfo(np.float32).max)
+        check_number("logit_bias", bias, lambda x: abs(x) <= largest, f"a number or minus infinity ({token!r})")
+    return float(bias)

@@ -6,6 +6,8 @@ give back as such, so they also run inside a compiled loop. Texts are ids `int (
 end; where there is no token an id is -1.
 """
 
+import math
+
 import numpy as np
 
 
@@ -142,7 +144,7 @@ def count_tokens(ids, vocab_size: int):
     """
     ops = library_of(ids)
     if ops is np:
-        rows = ids.reshape(-1, ids.shape[-1])
+        rows = ids.reshape(math.prod(ids.shape[:-1]), ids.shape[-1])
         width = vocab_size + 1  # the first place of a row counts its -1
         places = np.arange(len(rows))[:, None] * width + rows + 1
         counts = np.bincount(places.ravel(), minlength=len(rows) * width)
@@ -186,7 +188,8 @@ def penalize_counts(logits, counts, presence: float, frequency: float):
         Logits (..., V).
     """
     ops = library_of(logits)
-    return logits - (presence * ops.cast(counts > 0, logits.dtype) + frequency * ops.cast(counts, logits.dtype))
+    counts = counts.astype(logits.dtype) if ops is np else ops.cast(counts, logits.dtype)
+    return logits - (presence * ops.minimum(counts, 1) + frequency * counts)
 
 
 def repeating_tokens(ids, n: int):

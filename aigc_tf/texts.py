@@ -36,8 +36,10 @@ class Texts:
             full = rows[self.now - self._start[rows] > limit]
             self._start[full] = self._read[full] = self.now - max(1, limit // 2)
         lengths = self.now - self._read[rows]
-        tokens = np.repeat(rows, lengths)
-        columns = np.arange(len(tokens)) + np.repeat(self.now - np.cumsum(lengths), lengths)
+        tokens, columns = rows, np.full(len(rows), self.now - 1)
+        if (lengths != 1).any():
+            tokens = np.repeat(rows, lengths)
+            columns = np.arange(len(tokens)) + np.repeat(self.now - np.cumsum(lengths), lengths)
         self._read[rows] = self.now
         return self._decoder.read(tokens, columns - self._start[tokens], self.ids[tokens, columns].astype(np.int64))
 

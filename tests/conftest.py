@@ -1,5 +1,6 @@
 """What the tests share: a small real corpus, its tokenizer, and one tiny model of each kind."""
 
+import numpy as np
 import pytest
 
 CLAUSES = "白日依山尽 黄河入海流 欲穷千里目 更上一层楼 床前明月光 疑是地上霜 举头望明月 低头思故乡".split()
@@ -32,6 +33,34 @@ def build(request):
 
     build_tiny.architecture = request.param
     return build_tiny
+
+
+def spread(model):
+    """Untrained logits are all alike: spread them, biases and norms too, so that each weight and position tells."""
+    generator = np.random.default_rng(0)
+    for weight in model.trainable_weights:
+        noise = generator.normal(size=weight.shape, scale=0.1)
+        weight.assign(weight * 4 + noise)
+    return model
+
+
+def table_model(tokenizer, successors, context=48):
+    """A model that surely follows each token of `successors` by the one it maps to, and others by EOS.
+
+    Where a token maps to several, each is as likely.
+    """
+    from aigc_tf.devices import keras
+
+    table = np.full((tokenizer.vocab_size,) * 2, -50.0, np.float32)
+    table[:, tokenizer.EOS] = 0.0
+    for token, successor in successors.items():
+        table[token, tokenizer.EOS] = -50.0
+        table[token, successor] = 0.0
+    ids = keras.Input((context,), dtype="int32")
+    embedding = keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)
+    model = keras.Model(ids, embedding(ids))
+    embedding.embeddings.assign(table)
+    return model
 
 
 def message_of(error, function, *args, **kwargs):

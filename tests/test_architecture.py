@@ -33,7 +33,11 @@ ALLOWED = {
     "decoding": {"kernels", "weights"},
     "texts": {"decoding"},
     "beams": {"sampler", "sampling", "texts"},
-    "generation": {"beams", "decoding", "forcing", "sampler", "sampling", "texts", "tokenizer"},
+    "loop": {"devices", "sampler", "sampling", "weights"},
+    "generation": {
+        "beams", "decoding", "devices", "forcing", "loop", "sampler", "sampling", "texts", "tokenizer",
+    },
+    "live": set(),
     "saving": {"devices", "files", "tokenizer", "weights"},
     "hardware": {"devices"},
     "estimation": {"devices", "hardware", "models", "sizes", "training"},

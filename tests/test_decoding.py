@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import spread
 
 from aigc_tf import decoding, generate, generate_batch, generation, load, save
 from aigc_tf.devices import keras
@@ -9,15 +10,6 @@ from aigc_tf.weights import read_weights
 
 T, V = 12, 301
 LENGTHS = [5, 1, 9]
-
-
-def spread(model):
-    """Untrained logits are all alike: spread them, biases and norms too, so that each weight and position tells."""
-    generator = np.random.default_rng(0)
-    for weight in model.trainable_weights:
-        noise = generator.normal(size=weight.shape, scale=0.1)
-        weight.assign(weight * 4 + noise)
-    return model
 
 
 def weights_of(model):
@@ -216,3 +208,12 @@ def test_an_untied_lstm_is_read_fast(texts):
         np.testing.assert_allclose(
             decoder.read(*tokens(texts, {0: (0, T)}))[0], np.array(model.predict_on_batch(texts[:1]))[0, -1], atol=1e-4
         )
+
+
+def test_bare_weights_load_numba_only_where_there_is_much_to_write(build):
+    model = build(V, T)
+    weights = weights_of(model)
+    assert decoding.is_compiled(model, 1)
+    assert not decoding.is_compiled(weights, 1000)
+    assert decoding.is_compiled(weights, 10**9)
+    assert decoding.model_weights(weights) is weights

@@ -1,12 +1,15 @@
 import itertools
+import threading
 
 import numpy as np
 import pytest
+from conftest import CLAUSES, message_of, spread, table_model
 
 import aigc_tf
-from aigc_tf import Tokenizer, generate, generate_batch, stream
-from aigc_tf.devices import keras
+from aigc_tf import Tokenizer, generate, generate_batch, generation, kneser_ney, sampling, stream
+from aigc_tf.decoding import decoder
 from aigc_tf.sampler import Sampler, check_settings
+from aigc_tf.texts import Texts
 
 T = 48
 
@@ -20,17 +23,17 @@ def model(build, tokenizer):
     return model
 
 
-def table_model(tokenizer, successors, context=T):
-    """A model that surely follows each token of `successors` by the one it maps to, and others by EOS."""
-    table = np.full((tokenizer.vocab_size,) * 2, -50.0, np.float32)
-    table[:, tokenizer.EOS] = 0.0
-    for token, successor in successors.items():
-        table[token, [tokenizer.EOS, successor]] = -50.0, 0.0
-    ids = keras.Input((context,), dtype="int32")
-    embedding = keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)
-    model = keras.Model(ids, embedding(ids))
-    embedding.embeddings.assign(table)
-    return model
+@pytest.fixture(params=[False, True], ids=["numpy", "compiled"])
+def compiled(request, monkeypatch):
+    """Both ways to compute, whatever `is_compiled` would take."""
+    monkeypatch.setattr(generation, "is_compiled", lambda *_: request.param)
+    return request.param
+
+
+def only(tokenizer, text):
+    """A bias that leaves nothing but the characters of a text and the end."""
+    kept = {tokenizer.EOS, *tokenizer.encode(text)}
+    return dict.fromkeys(set(range(tokenizer.vocab_size)) - kept, -float("inf"))
 
 
 def greedy_by_hand(model, tokenizer, prompt, max_new_tokens):
@@ -106,7 +109,7 @@ def test_padding_and_begin_are_never_written(tokenizer):
     for layer in flat.layers[1:]:
         layer.embeddings.assign(np.zeros(layer.embeddings.shape, np.float32))
     sampler = Sampler(tokenizer, check_settings(temperature=1.0, top_p=None))
-    texts = aigc_tf.generation._texts(flat, tokenizer, [""] * 400, 1, 4, compiled=False)
+    texts = Texts(decoder(flat, 400, compiled=False), [[tokenizer.BOS]] * 400, 4)
     for ids in aigc_tf.generation._steps(texts, sampler, [], np.random.default_rng(0).random((400, 4))):
         assert not {tokenizer.PAD, tokenizer.BOS} & set(ids.tolist())
         assert len(set(ids.tolist())) > 100
@@ -130,6 +133,204 @@ def test_a_prompt_of_unseen_characters_works(model, tokenizer):
     assert generate(model, tokenizer, "🐉龘", max_new_tokens=3).startswith("🐉龘")
 
 
+def write_by_hand(model, tokenizer, prompt, uniforms, temperature=0.8, top_p=0.9, eos_bias=0.0):
+    """Write by the plain graph; return the text, and the mean of the log-probabilities that it gives to the tokens."""
+    ids, scores = [tokenizer.BOS, *tokenizer.encode(prompt)], []
+    first = len(ids)
+    for uniform in uniforms:
+        logits = np.array(model.predict_on_batch(np.array([ids + [0] * (T - len(ids))], np.int32)))[0, len(ids) - 1]
+        changed = logits.copy()
+        changed[[tokenizer.PAD, tokenizer.BOS]] = -np.inf
+        changed[tokenizer.EOS] += eos_bias
+        changed = sampling.keep_top_p(sampling.apply_temperature(changed, temperature), top_p)
+        ids.append(int(sampling.draw(changed, uniform)))
+        scores.append(sampling.log_softmax(logits)[ids[-1]])
+        if ids[-1] == tokenizer.EOS:
+            break
+    return prompt + "".join(tokenizer.decode_stream(ids[first:], cut=True)), np.mean(scores)
+
+
+def test_chance_is_that_of_the_seed_and_the_settings_are_applied(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(generation, "is_compiled", lambda *_: False)
+    for seed in range(3):
+        uniforms = np.random.default_rng(seed).random(25)
+        for settings in ({}, {"temperature": 1.3, "top_p": 0.7}):
+            expected, _ = write_by_hand(model, tokenizer, "白日", uniforms, **settings)
+            assert generate(model, tokenizer, "白日", max_new_tokens=25, seed=seed, **settings) == expected
+
+
+def test_best_of_is_the_likeliest_of_the_texts_of_its_seeds(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(generation, "is_compiled", lambda *_: False)
+    # The end comes now and then, so that texts of several lengths compete.
+    settings = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.95, "logit_bias": {tokenizer.EOS: 5.0}}
+    prompts, lengths = ["白", "依山尽", ""], set()
+    for best_of, seed in ((2, 0), (5, 1)):
+        expected = []
+        for i, prompt in enumerate(prompts):
+            chances = generation._uniforms(1, best_of, 12, seed + i)
+            texts = [write_by_hand(model, tokenizer, prompt, u, 1.5, 0.95, eos_bias=5.0) for u in chances]
+            assert texts[0][0] == generate(model, tokenizer, prompt, seed=seed + i, **settings)
+            lengths.update(len(tokenizer.encode(text)) - len(tokenizer.encode(prompt)) for text, _ in texts)
+            expected.append(max(texts, key=lambda pair: pair[1])[0])
+        assert generate_batch(model, tokenizer, prompts, seed=seed, best_of=best_of, **settings) == expected
+        alone = [
+            generate(model, tokenizer, p, seed=seed + i, best_of=best_of, **settings) for i, p in enumerate(prompts)
+        ]
+        assert alone == expected
+    assert len(lengths) > 4
+
+
+def test_best_of_goes_by_the_average_of_all_tokens_and_the_end():
+    tokenizer = Tokenizer.train(["白日依山"])
+    white, sun, hill, eos = *tokenizer.encode("白日山"), tokenizer.EOS
+    # Both have one half in all; of 日, which ends at once, two tokens share it, of 白 twelve.
+    model = table_model(tokenizer, {tokenizer.BOS: [white, sun], white: hill, hill: hill, sun: eos})
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_p": None, "best_of": 12}
+    assert generate(model, tokenizer, seed=0, **settings) == "白" + "山" * 11
+    # The others have one half for each token, 日 and its end one for both.
+    model = table_model(tokenizer, {tokenizer.BOS: [white, sun], white: [hill, sun], hill: [hill, white], sun: eos})
+    assert generate(model, tokenizer, seed=0, **{**settings, "max_new_tokens": 4}) == "日"
+
+
+def test_prompts_of_very_different_lengths_do_not_touch_each_other(model, tokenizer, compiled):
+    long = "，".join(CLAUSES)
+    prompts = ["", "白", long * 2, "龘🐉", long[:T], long[: T - 1], long[: T - 2] + "龘", "\n"]
+    settings = {"max_new_tokens": 20, "top_p": 0.95, "temperature": 1.0}
+    batch = generate_batch(model, tokenizer, prompts, seed=3, **settings)
+    alone = [generate(model, tokenizer, prompt, seed=3 + i, **settings) for i, prompt in enumerate(prompts)]
+    assert batch == alone
+    assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(batch, prompts, strict=True))
+
+
+def test_a_text_may_be_of_ten_thousand_tokens(tokenizer, compiled):
+    # Where all cores are taken, threads that wait for each other are slow at a model as small as this.
+    context, length = 8, 2_000 if compiled else 10_000
+    model = spread(aigc_tf.transformer(tokenizer.vocab_size, context, num_layers=2, num_heads=2, hidden_dim=16))
+    bias = {**only(tokenizer, "".join(CLAUSES)), tokenizer.EOS: -float("inf")}
+    settings = {"temperature": 3.0, "top_p": None, "seed": 0, "logit_bias": bias}
+    text = generate(model, tokenizer, "白", max_new_tokens=length, **settings)
+    assert len(text) == length + 1
+    # What is written last follows the newest tokens alone, by the plain graph, as what was written first.
+    ids = [tokenizer.BOS, *tokenizer.encode(text)]
+    uniforms = np.random.default_rng(0).random(length)
+    windows, starts, start = [], [], 0
+    for end in range(2, len(ids)):
+        start = end - context // 2 if end - start > context else start
+        starts.append(start)
+        windows.append(ids[start:end] + [0] * (context - end + start))
+    chosen = np.r_[:50, length - 100 : length]
+    logits = np.array(model.predict_on_batch(np.array(windows, np.int32)[chosen]))
+    logits = logits[np.arange(150), [i + 1 - starts[i] for i in chosen]]
+    logits[:, list(bias)] = -np.inf
+    drawn = sampling.draw(logits / 3, uniforms[chosen])
+    assert (drawn == np.array(ids)[chosen + 2]).mean() > 0.97  # but where a number falls on a border
+
+
+def test_an_n_gram_model_writes_with_every_setting(documents, tokenizer):
+    model = kneser_ney(documents, tokenizer, order=3)
+    text = generate(
+        model, tokenizer, "白日", max_new_tokens=60, seed=0, temperature=1.2, top_k=50, top_p=0.95, min_p=0.01,
+        typical_p=0.95, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1, no_repeat_ngram=4,
+        exempt=["，", "。"], banned=["黄河"], forced=["明月", "龘"], logit_bias={"山": -1.0}, best_of=2,
+    )  # fmt: skip
+    assert "明月" in text
+    assert "龘" in text
+    assert "黄河" not in text
+    text = generate(model, tokenizer, "白日", max_new_tokens=20, num_beams=4)
+    assert text.startswith("白日依山尽")
+
+
+def test_a_model_that_has_changed_is_read_anew(model, tokenizer, compiled):
+    settings = {"max_new_tokens": 15, "temperature": 0}
+    before = generate(model, tokenizer, "白日", **settings)
+    for weight in model.trainable_weights:
+        weight.assign(weight * -1)
+    changed = generate(model, tokenizer, "白日", **settings)
+    assert changed == greedy_by_hand(model, tokenizer, "白日", 15)
+    assert changed != before
+
+
+def test_streams_read_in_turns_are_what_they_are_alone(model, tokenizer, compiled):
+    prompts, settings = ["白日", "", "依", "白日"], {"max_new_tokens": 30, "temperature": 1.0}
+    alone = [generate(model, tokenizer, prompt, seed=i, **settings) for i, prompt in enumerate(prompts)]
+    streams = [stream(model, tokenizer, prompt, seed=i, **settings) for i, prompt in enumerate(prompts)]
+    texts = [""] * len(prompts)
+    # In turns, and some faster than others.
+    for turn in itertools.count():
+        pieces = [next(streams[i], None) for i in range(len(prompts)) if turn % (i + 1) == 0]
+        for i, piece in zip([i for i in range(len(prompts)) if turn % (i + 1) == 0], pieces, strict=True):
+            texts[i] += piece or ""
+        if texts == alone and turn > 200:
+            break
+        assert turn < 300
+    assert texts == alone
+
+
+def test_streams_read_by_threads_are_what_they_are_alone(model, tokenizer, compiled):
+    settings = {"max_new_tokens": 60, "temperature": 1.0}
+    texts = {}
+
+    def write(seed):
+        texts[seed] = "".join(stream(model, tokenizer, "白日", seed=seed, **settings))
+
+    threads = [threading.Thread(target=write, args=[seed]) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == {seed: generate(model, tokenizer, "白日", seed=seed, **settings) for seed in range(6)}
+
+
+def test_a_stream_may_be_left(model, tokenizer):
+    expected = generate(model, tokenizer, "白日", max_new_tokens=20, seed=4)
+    for num_pieces in (0, 1, 2, 5):
+        pieces = stream(model, tokenizer, "白日", max_new_tokens=20, seed=4)
+        assert expected.startswith("".join(itertools.islice(pieces, num_pieces)))
+        pieces.close()
+        assert list(pieces) == []
+    assert "".join(stream(model, tokenizer, "白日", max_new_tokens=20, seed=4)) == expected
+
+
+def test_a_stream_shows_each_character_before_the_next_is_chosen(tokenizer):
+    a, b = tokenizer.encode("白日")
+    # So a stream of more than would ever be written begins at once.
+    pieces = stream(table_model(tokenizer, {a: b, b: a}), tokenizer, "白", max_new_tokens=10**6, seed=0)
+    assert list(itertools.islice(pieces, 4)) == ["白", "日", "白", "日"]
+
+
+@pytest.mark.parametrize("name", ["best_of", "num_beams", "length_penalty"])
+def test_a_stream_refuses_what_is_known_only_at_the_end(tokenizer, name):
+    message = message_of(ValueError, stream, table_model(tokenizer, {}), tokenizer, "白", **{name: 2})
+    assert message == f"A stream shows its text at once, and {name} would know it only at the end."
+
+
+def test_a_text_never_ends_in_half_a_character():
+    tokenizer = Tokenizer.train(["白"])
+    ids = [tokenizer.BOS, *tokenizer.encode("龘白🐉é")]
+    model = table_model(tokenizer, dict(itertools.pairwise(ids)))
+    for max_new_tokens in range(12):
+        num_bytes = [3, 1, 4, 2]
+        whole = sum(sum(num_bytes[: i + 1]) <= max_new_tokens for i in range(4))
+        settings = {"max_new_tokens": max_new_tokens, "temperature": 0}
+        assert generate(model, tokenizer, **settings) == "龘白🐉é"[:whole]
+        assert list(stream(model, tokenizer, **settings)) == ["", *"龘白🐉é"[:whole]]
+        assert generate_batch(model, tokenizer, ["", "白"], **settings)[0] == "龘白🐉é"[:whole]
+        assert generate(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=2) == "龘白🐉é"[:whole]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_however_a_text_is_asked_for_its_end_is_the_same(ends):
+    # Of a model that writes half a character, and then nothing more or another.
+    tokenizer = Tokenizer.train(["白"])
+    white, first = *tokenizer.encode("白"), 3 + "白".encode()[0]
+    model = table_model(tokenizer, {tokenizer.BOS: white, white: first, first: tokenizer.EOS if ends else white})
+    settings = {"max_new_tokens": 7, "temperature": 0}
+    text = generate(model, tokenizer, **settings)
+    assert "".join(stream(model, tokenizer, **settings)) == text
+    assert generate_batch(model, tokenizer, ["白", ""], **settings)[1] == text
+    assert generate(model, tokenizer, max_new_tokens=7, num_beams=2) == text
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -139,6 +340,8 @@ def test_a_prompt_of_unseen_characters_works(model, tokenizer):
         ({"top_p": 0}, "top_p must be above 0 and at most 1.*, got 0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1.*, got 1.5"),
         ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of at least 0, got -1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number of at least 0, got 1.5"),
+        ({"nonsense": 1}, "Settings of sampling are temperature, .*; got nonsense"),
     ],
 )
 def test_settings_that_mean_nothing_are_said(tokenizer, settings, message):
@@ -148,3 +351,59 @@ def test_settings_that_mean_nothing_are_said(tokenizer, settings, message):
             function(model, tokenizer, "白", **settings)
     with pytest.raises(ValueError, match="same vocabulary size"):
         generate(model, Tokenizer.train(["白日依"]), "白")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"best_of": 0}, "best_of must be a whole number of at least 1, got 0."),
+        ({"best_of": 1.5}, "best_of must be a whole number of at least 1, got 1.5."),
+        ({"num_beams": 0}, "num_beams must be a whole number of at least 1, got 0."),
+        ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan."),
+        ({"length_penalty": -float("inf")}, "length_penalty must be a finite number, got -inf."),
+        ({"num_beams": 2, "best_of": 2}, "Beam search leaves nothing to chance: give num_beams or best_of, not both."),
+    ],
+)
+def test_settings_of_a_search_that_mean_nothing_are_said(tokenizer, settings, expected):
+    assert message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **settings) == expected
+    assert message_of(ValueError, generate_batch, table_model(tokenizer, {}), tokenizer, [], **settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", "5"),
+        ("max_new_tokens", float("nan")),
+        ("max_new_tokens", float("inf")),
+        ("max_new_tokens", None),
+        ("best_of", "2"),
+        ("best_of", None),
+        ("num_beams", float("inf")),
+        ("num_beams", float("nan")),
+        ("length_penalty", "1"),
+        ("length_penalty", None),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("seed", "7"),
+    ],
+)
+def test_settings_of_another_kind_are_said_too(tokenizer, name, value):
+    message = message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: value})
+    assert name in message
+    assert str(value) in message
+
+
+def test_a_whole_number_may_be_a_float(tokenizer):
+    a, b = tokenizer.encode("白日")
+    model = table_model(tokenizer, {a: b, b: a})
+    for settings in (
+        {"max_new_tokens": 5},
+        {"max_new_tokens": 5, "top_k": 2},
+        {"max_new_tokens": 5, "no_repeat_ngram": 2},
+        {"max_new_tokens": 5, "best_of": 2},
+        {"max_new_tokens": 5, "num_beams": 2},
+    ):
+        for kind in (float, np.float32, np.int64):
+            other = {name: kind(value) for name, value in settings.items()}
+            expected = generate(model, tokenizer, "白", seed=1, **settings)
+            assert generate(model, tokenizer, "白", seed=np.int64(1), **other) == expected

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from aigc_tf import read_run
+from aigc_tf import generate, load_stopwords, load_writer, read_run
 from aigc_tf.__main__ import main
 from aigc_tf.demo import is_quatrain, run_demo
 
@@ -121,6 +121,74 @@ def test_generate_repeats_itself_with_a_seed(run_folder, capsys):
     assert main(["generate", str(run_folder), "--num-samples", "2", "--max-new-tokens", "3"]) == 0
 
 
+def written(capsys, run_folder, *arguments):
+    assert main(["generate", str(run_folder), "白日", "--seed", "5", "--max-new-tokens", "30", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ("--temperature 0", {"temperature": 0}),
+        ("--temperature 2.5", {"temperature": 2.5}),
+        ("--top-k 4", {"top_k": 4}),
+        ("--top-p 0.3", {"top_p": 0.3}),
+        ("--min-p 0.97", {"min_p": 0.97}),
+        ("--typical-p 0.3", {"typical_p": 0.3}),
+        ("--repetition-penalty 1.5", {"repetition_penalty": 1.5}),
+        ("--presence-penalty 5", {"presence_penalty": 5.0}),
+        ("--frequency-penalty -5", {"frequency_penalty": -5.0}),
+        ("--no-repeat-ngram 1 --top-k 20", {"no_repeat_ngram": 1, "top_k": 20}),
+        ("--ban 白日 --ban 月 --frequency-penalty -9", {"banned": ["白日", "月"], "frequency_penalty": -9.0}),
+        ("--force 明月 --force 龘", {"forced": ["明月", "龘"]}),
+        ("--best-of 4", {"best_of": 4}),
+        ("--num-beams 3", {"num_beams": 3}),
+        ("--num-beams 3 --length-penalty -3", {"num_beams": 3, "length_penalty": -3.0}),
+    ],
+)
+def test_each_option_of_generate_is_the_setting_of_that_name(run_folder, capsys, arguments, settings):
+    model, tokenizer = load_writer(run_folder)
+    expected, without = (
+        generate(model, tokenizer, "白日", seed=5, max_new_tokens=30, **changed) for changed in (settings, {})
+    )
+    assert written(capsys, run_folder, *arguments.split()) == expected + "\n"
+    assert expected != without
+
+
+def test_exempt_names_a_list_and_takes_punctuation_along(run_folder, tmp_path, capsys):
+    (tmp_path / "words.txt").write_text("白\n依\n", "utf-8")
+    model, tokenizer = load_writer(run_folder)
+    for name in ("cn", str(tmp_path / "words.txt")):
+        exempt = [*load_stopwords(name), *"，。、；：？！“”‘’（）《》…—\n"]
+        settings = {"seed": 5, "max_new_tokens": 60, "no_repeat_ngram": 1, "top_k": 30, "temperature": 0.5}
+        expected = generate(model, tokenizer, "白日", exempt=exempt, **settings)
+        arguments = "--max-new-tokens 60 --no-repeat-ngram 1 --top-k 30 --temperature 0.5 --exempt".split()
+        assert written(capsys, run_folder, *arguments, name) == expected + "\n"
+    assert expected != generate(model, tokenizer, "白日", **settings)
+
+
+def test_samples_are_of_seeds_one_after_the_other(run_folder, capsys):
+    model, tokenizer = load_writer(run_folder)
+    for arguments, settings in (([], {}), (["--best-of", "2"], {"best_of": 2})):
+        texts = [generate(model, tokenizer, "白日", seed=5 + i, max_new_tokens=30, **settings) for i in range(3)]
+        assert written(capsys, run_folder, "--num-samples", "3", *arguments) == "\n\n".join(texts) + "\n"
+        assert len(set(texts)) == 3
+
+
+def test_generate_shows_a_text_before_it_has_loaded_keras(run_folder):
+    code = f"""
+import sys
+from aigc_tf.__main__ import main
+assert main(["generate", {str(run_folder)!r}, "白日", "--max-new-tokens", "9", "--force", "明月"]) == 0
+assert main(["generate", {str(run_folder)!r}, "--max-new-tokens", "9", "--num-beams", "2"]) == 0
+assert not {{"tensorflow", "keras", "jax", "numba"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-500:]
+    assert "白日".encode() in done.stdout
+    assert "明月".encode() in done.stdout
+
+
 def test_info_is_json(run_folder, capsys):
     assert main(["info", str(run_folder)]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["steps"] == 4
@@ -158,6 +226,27 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["generate", run, "--temperature", "-1"], "temperature must be at least 0"),
         (["generate", run, "--top-p", "0"], "top_p must be above 0"),
         (["generate", run, "--num-samples", "0"], "--num-samples must be at least 1"),
+        (["generate", run, "--temperature", "nan"], "temperature must be at least 0"),
+        (["generate", run, "--top-k", "0"], "top_k must be a whole number of at least 1"),
+        (["generate", run, "--min-p", "2"], "min_p must be from 0 to 1"),
+        (["generate", run, "--typical-p", "0"], "typical_p must be above 0"),
+        (["generate", run, "--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+        (["generate", run, "--presence-penalty", "inf"], "presence_penalty must be a finite number"),
+        (["generate", run, "--frequency-penalty", "nan"], "frequency_penalty must be a finite number"),
+        (["generate", run, "--no-repeat-ngram", "0"], "no_repeat_ngram must be a whole number of at least 1"),
+        (["generate", run, "--max-new-tokens", "-1"], "max_new_tokens must be a whole number of at least 0"),
+        (["generate", run, "--ban", ""], "banned must be a list of words, none of them empty"),
+        (["generate", run, "--force", ""], "forced must be a list of words, none of them empty"),
+        (["generate", run, "--force", "白日", "--ban", "日"], "'白日' is forced and holds '日', which is banned"),
+        (["generate", run, "--force", "明月", "--max-new-tokens", "1"], "The forced words need 2 tokens"),
+        (["generate", run, "--exempt", "nolist"], "Stopwords must be one of the lists cn, classical"),
+        (["generate", run, "--best-of", "0"], "best_of must be a whole number of at least 1"),
+        (["generate", run, "--num-beams", "0"], "num_beams must be a whole number of at least 1"),
+        (["generate", run, "--num-beams", "2", "--best-of", "2"], "give num_beams or best_of, not both"),
+        (["generate", run, "--num-beams", "2", "--top-p", "0.5"], "cannot heed top_p"),
+        (["generate", run, "--num-beams", "2", "--force", "白"], "cannot heed forced"),
+        (["generate", run, "--num-beams", "2", "--length-penalty", "nan"], "length_penalty must be a finite number"),
+        (["generate", run, "--seed", "-1"], "seed"),
         (["info", str(tmp_path)], "is no run folder"),
         (["demo", "--out", str(tmp_path / "x"), "--steps-fraction", "0"], "steps_fraction must be above 0"),
     ]:

@@ -45,9 +45,10 @@ def test_the_python_example_prints_what_the_readme_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     shutil.copy(ROOT / "data" / "tang_quatrains.txt", tmp_path / "data")
-    (code,), (promised,) = blocks("python"), blocks("text")[:1]
+    (code, ways_to_write), (promised,) = blocks("python"), blocks("text")[:1]
+    names = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(compile(code, "README.md", "exec"), {})
+        exec(compile(code, "README.md", "exec"), names)
     promised, printed = promised.splitlines(), printed.getvalue().splitlines()
     assert [line.split("  ")[0] for line in printed[:2]] == [line.split("  ")[0] for line in promised[:2]]
     # Other processors round otherwise, and a text may part from there; the figure hardly moves.
@@ -55,11 +56,14 @@ def test_the_python_example_prints_what_the_readme_says(tmp_path, monkeypatch):
     assert printed[3].startswith("春风")
     assert promised[3].startswith("春风")
     assert (tmp_path / "runs" / "tang" / "run.json").exists()
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(ways_to_write, "README.md", "exec"), names)
+    assert all(text.startswith("春风") for text in names["texts"])
 
 
 def test_every_command_of_the_readme_is_one():
     commands = [line for block in blocks("bash") for line in re.findall(r"aigc-tf [^#\n]+", block)]
-    assert len(commands) == 7
+    assert len(commands) == 10
     for command in commands:
         make_parser().parse_args(shlex.split(command)[1:])
 

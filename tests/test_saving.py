@@ -1,11 +1,28 @@
 import json
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
+from conftest import message_of, spread, table_model
 
-from aigc_tf import Tokenizer, load, make_dataset, read_run, save, train
+import aigc_tf
+from aigc_tf import (
+    Tokenizer,
+    generate,
+    generate_batch,
+    generation,
+    load,
+    load_writer,
+    make_dataset,
+    read_run,
+    save,
+    stream,
+    train,
+)
 from aigc_tf.devices import keras
+from aigc_tf.weights import LstmWeights, TransformerWeights
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +93,12 @@ def test_a_new_run_replaces_the_old_one_and_keeps_other_files(build, trained, to
     assert (tmp_path / "log.csv").exists()
 
 
-def test_what_is_no_run_is_said(trained, tokenizer, tmp_path):
+@pytest.mark.parametrize("load", [load, load_writer])
+def test_what_is_no_run_is_said(trained, tokenizer, tmp_path, load):
     with pytest.raises(FileNotFoundError, match="is no run folder"):
         load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        load(tmp_path)
     save(tmp_path, trained, tokenizer)
     Tokenizer.train(["别的"]).save(tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"tokenizer\.json is not the file that run\.json tells of"):
@@ -88,10 +108,115 @@ def test_what_is_no_run_is_said(trained, tokenizer, tmp_path):
         load(tmp_path)
     (tmp_path / "run.json").write_text("{", "utf-8")
     with pytest.raises(ValueError, match="cannot be read by this version"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="cannot be read by this version"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load, load_writer])
+def test_a_model_file_that_was_damaged_is_said(trained, tokenizer, tmp_path, load):
+    save(tmp_path, trained, tokenizer)
+    file = tmp_path / "model.keras"
+    whole = file.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], b""):
+        file.write_bytes(damaged)
+        assert "model.keras is not the file that run.json tells of" in message_of(ValueError, load, tmp_path)
+    file.write_bytes(whole)
+    load(tmp_path)
 
 
 def test_model_and_tokenizer_must_belong_together(trained, tmp_path):
     with pytest.raises(ValueError, match="same vocabulary size"):
         save(tmp_path / "run", trained, Tokenizer.train(["别的"]))
     assert not (tmp_path / "run").exists()
+
+
+MODELS = {
+    "transformer": (aigc_tf.transformer, {"num_layers": 2, "num_heads": 2}),
+    "transformer of one block": (aigc_tf.transformer, {"num_layers": 1, "num_heads": 4}),
+    "lstm": (aigc_tf.lstm, {"num_layers": 2}),
+    "lstm of one width": (aigc_tf.lstm, {"num_layers": 1, "embedding_dim": 16}),
+    "untied lstm": (aigc_tf.lstm, {"num_layers": 3, "tie_embeddings": False}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *((name, "float32") for name in MODELS),
+        ("transformer", "mixed_bfloat16"),
+        ("lstm", "mixed_bfloat16"),
+        ("untied lstm", "mixed_bfloat16"),
+        ("transformer", "mixed_float16"),
+        ("transformer", "bfloat16"),  # of which h5py knows nothing
+    ],
+)
+def test_a_writer_writes_what_the_loaded_model_writes(name, precision, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "is_compiled", lambda *_: False)
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        build, settings = MODELS[name]
+        model = spread(build(tokenizer.vocab_size, 8, hidden_dim=16, **settings))
+    finally:
+        keras.config.set_dtype_policy(previous)
+    save(tmp_path, model, tokenizer)
+    writer, its_tokenizer = load_writer(tmp_path)
+    assert its_tokenizer.fingerprint == tokenizer.fingerprint
+    assert writer.output_shape[-1] == model.output_shape[-1]
+    if precision != "bfloat16":
+        assert isinstance(writer, TransformerWeights if name.startswith("transformer") else LstmWeights)
+    loaded = load(tmp_path)[0]
+    for prompt, settings in (("", {"temperature": 0}), ("白日依山尽，黄河", {"temperature": 1.5, "seed": 1})):
+        settings["max_new_tokens"] = 20
+        expected = generate(loaded, tokenizer, prompt, **settings)
+        assert generate(writer, tokenizer, prompt, **settings) == expected
+        assert "".join(stream(writer, tokenizer, prompt, **settings)) == expected
+        assert generate_batch(writer, tokenizer, ["黄", prompt], **{**settings, "seed": 0})[1] == expected
+        assert len(expected) > len(prompt)
+
+
+def test_a_writer_loads_neither_keras_nor_a_backend(trained, tokenizer, tmp_path):
+    save(tmp_path, trained, tokenizer)
+    code = f"""
+import sys
+import aigc_tf
+model, tokenizer = aigc_tf.load_writer({str(tmp_path)!r})
+for settings in (
+    {{"temperature": 0}},
+    {{"best_of": 2, "forced": ["明月"], "banned": ["黄河"], "repetition_penalty": 1.2, "no_repeat_ngram": 3}},
+    {{"top_k": 9, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "logit_bias": {{"山": 1}}, "exempt": ["，"]}},
+    {{"num_beams": 3}},
+):
+    aigc_tf.generate(model, tokenizer, "白日", max_new_tokens=12, **settings)
+list(aigc_tf.stream(model, tokenizer, "白日", max_new_tokens=12))
+assert not {{"keras", "tensorflow", "jax", "numba"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_a_model_of_another_graph_is_loaded_whole(tokenizer, tmp_path):
+    a, b = tokenizer.encode("白日")
+    model = table_model(tokenizer, {a: b, b: a}, context=8)
+    save(tmp_path, model, tokenizer)
+    writer, its_tokenizer = load_writer(tmp_path)
+    assert isinstance(writer, keras.Model)
+    assert generate(writer, its_tokenizer, "白", max_new_tokens=20, temperature=0) == "白" + "日白" * 10
+    # Also one that has a name and layers as ours have, and a head that differs.
+    ids = keras.Input((8,), dtype="int32", name="ids")
+    x = keras.layers.ReversibleEmbedding(tokenizer.vocab_size, 8, name="token_embedding")(ids)
+    x = keras.layers.LSTM(8, return_sequences=True, name="lstm_0")(x)
+    x = keras.layers.Dense(tokenizer.vocab_size, activation="tanh", name="head")(x)
+    model = spread(keras.Model(ids, keras.layers.Identity(name="logits")(x), name="lstm"))
+    save(tmp_path, model, tokenizer)
+    writer, _ = load_writer(tmp_path)
+    assert isinstance(writer, keras.Model)
+    settings = {"max_new_tokens": 12, "seed": 0}
+    assert generate(writer, tokenizer, "白", **settings) == generate(model, tokenizer, "白", **settings)
+
+
+def test_a_writer_and_another_tokenizer_do_not_belong_together(trained, tokenizer, tmp_path):
+    save(tmp_path, trained, tokenizer)
+    writer, _ = load_writer(tmp_path)
+    assert "same vocabulary size" in message_of(ValueError, generate, writer, Tokenizer.train(["别的"]), "白")

@@ -1,0 +1,74 @@
+"""Live: show(), texts on the screen while they are written."""
+
+import html
+import sys
+import time
+from collections.abc import Iterator
+
+_SECONDS_BETWEEN = 0.05  # of two drawings in a notebook: more often is not seen, and slows the writing
+
+
+def show(*streams: Iterator[str]) -> list[str]:
+    """Show streams while they are written: in a notebook side by side, in a terminal one after another.
+
+    Ctrl-C, or the notebook's button that interrupts, ends the writing, and what was written is returned.
+
+    Args:
+        *streams: what `aigc_tf.stream` gave, or other iterators over `str`.
+
+    Returns:
+        `list[str]`, the text of each stream.
+
+    Example:
+        >>> texts = show(iter(["春", "眠"]))
+        春眠
+        >>> texts
+        ['春眠']
+    """
+    texts = [""] * len(streams)
+    write = _write_in_notebook if "ipykernel" in sys.modules else _write_in_terminal
+    try:
+        write(streams, texts)
+    except KeyboardInterrupt:
+        print()
+    return texts
+
+
+def _write_in_terminal(streams, texts) -> None:
+    for i, stream in enumerate(streams):
+        for piece in stream:
+            texts[i] += piece
+            print(piece, end="", flush=True)
+        print()
+
+
+def _write_in_notebook(streams, texts) -> None:
+    from IPython.display import HTML, display
+
+    area = display(HTML(""), display_id=True)
+    try:
+        drawn = 0.0
+        for _ in _in_turns(streams, texts):
+            if time.monotonic() - drawn > _SECONDS_BETWEEN:
+                area.update(HTML(_side_by_side(texts)))
+                drawn = time.monotonic()
+    finally:
+        area.update(HTML(_side_by_side(texts)))
+
+
+def _in_turns(streams, texts) -> Iterator[None]:
+    """Take a piece of each stream in turn and add it to its text."""
+    going = dict(enumerate(streams))
+    while going:
+        for i in list(going):
+            try:
+                texts[i] += next(going[i])
+            except StopIteration:
+                del going[i]
+            yield
+
+
+def _side_by_side(texts) -> str:
+    column = '<div style="flex: 1 1 12em; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.6">{}</div>'
+    columns = "".join(column.format(html.escape(text)) for text in texts)
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 2em">{columns}</div>'

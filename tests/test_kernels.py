@@ -1,0 +1,300 @@
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from aigc_tf import decoding, kernels, sampling
+from aigc_tf.weights import Block, LstmWeights, TransformerWeights
+
+SETTINGS = {
+    "top_k": (1, 2, 5, 50, 300),
+    "typical_p": (0.01, 0.2, 0.5, 0.9),
+    "top_p": (0.01, 0.3, 0.8, 0.95, 1.0),
+    "min_p": (0.001, 0.1, 0.5, 1.0),
+}
+
+
+def compose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p):
+    """Do what `kernels.choose` does by the functions of `sampling.py`; return ids, and which might have come."""
+    changed = sampling.apply_temperature(logits, np.float32(temperature))
+    ids = np.broadcast_to(np.arange(logits.shape[1]), logits.shape)
+    if top_k is not None:
+        changed, ids = sampling.top_k(changed, top_k)
+    if typical_p is not None:
+        changed = sampling.keep_typical(changed, typical_p)
+    if top_p is not None:
+        changed = sampling.keep_top_p(changed, top_p)
+    if min_p is not None:
+        changed = sampling.keep_min_p(changed, min_p)
+    probabilities = np.zeros(logits.shape)
+    np.put_along_axis(probabilities, ids, sampling.softmax(changed), axis=-1)
+    return np.take_along_axis(ids, sampling.draw(changed, uniforms)[:, None], axis=-1)[:, 0], probabilities
+
+
+def choose(logits, uniforms, temperature=1.0, top_k=None, typical_p=None, top_p=None, min_p=None):
+    shares = (np.float32(share) for share in (typical_p or 1, top_p or 1, min_p or 0))
+    top_k = min(top_k or logits.shape[1], logits.shape[1])
+    return kernels.choose(logits.astype(np.float32), uniforms, np.float32(temperature), top_k, *shares)
+
+
+def random_logits(kind, num_rows, vocab_size):
+    generator = np.random.default_rng(vocab_size)
+    logits = generator.normal(size=(num_rows, vocab_size), scale=3)
+    if kind == "ties":
+        logits = logits.round()
+    if kind == "minus infinity":
+        logits[generator.random(logits.shape) < 0.5] = -np.inf
+        logits[np.arange(num_rows), generator.integers(0, vocab_size, num_rows)] = 1
+    return logits.astype(np.float32)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 300])
+@pytest.mark.parametrize("kind", ["different", "ties", "minus infinity"])
+def test_a_choice_is_that_of_the_functions_one_after_the_other(kind, vocab_size):
+    num_rows = 60
+    logits = random_logits(kind, num_rows, vocab_size)
+    generator = np.random.default_rng(0)
+    same, all_possible = [], []
+    for used in 3 * list(itertools.product([False, True], repeat=len(SETTINGS))):
+        settings = {
+            name: generator.choice(SETTINGS[name]) if use else None for name, use in zip(SETTINGS, used, strict=True)
+        }
+        settings["temperature"] = generator.choice([0.3, 1.0, 2.0])
+        uniforms = generator.random(num_rows)
+        expected, probabilities = compose(logits, uniforms, **settings)
+        ids = choose(logits, uniforms, **settings)
+        assert ids.dtype == np.int64
+        assert (logits[np.arange(num_rows), ids] > -np.inf).all()
+        same.append((ids == expected).mean())
+        all_possible.append((probabilities[np.arange(num_rows), ids] > 0).mean())
+        # Sums that are equal but for rounding fall on either side of a share, at ties of several rows at once.
+        assert same[-1] >= 0.9, settings
+        assert all_possible[-1] >= 0.95, settings
+    assert np.mean(same) > 0.999
+    assert np.mean(all_possible) > 0.999
+
+
+def test_rows_are_chosen_from_each_by_itself():
+    logits = random_logits("ties", 64, 300)
+    uniforms = np.random.default_rng(1).random(64)
+    settings = {"temperature": 0.7, "top_k": 50, "typical_p": 0.9, "top_p": 0.8, "min_p": 0.02}
+    ids = choose(logits, uniforms, **settings)
+    assert len(set(ids.tolist())) > 10
+    assert [choose(logits[i : i + 1], uniforms[i : i + 1], **settings)[0] for i in range(64)] == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 300}, {"typical_p": 0.7}, {"top_p": 0.8}, {"min_p": 0.1}],
+)
+def test_tokens_come_as_often_as_is_likely(settings):
+    # 600 tokens are three blocks of the cumulative sum; evenly spaced uniforms leave nothing to luck.
+    num_draws = 20_000
+    logits = random_logits("minus infinity", 1, 600)
+    uniforms = (np.arange(num_draws) + 0.5) / num_draws
+    ids = choose(np.repeat(logits, num_draws, axis=0), uniforms, **settings)
+    assert (np.diff(ids) >= 0).all()  # by inverting the cumulative sum
+    frequencies = np.bincount(ids, minlength=600) / num_draws
+    settings = {**dict.fromkeys(SETTINGS), "temperature": 1.0, **settings}
+    np.testing.assert_allclose(frequencies, compose(logits, uniforms[:1], **settings)[1][0], atol=2.5 / num_draws)
+
+
+def test_of_equal_ones_the_first_are_kept():
+    uniforms = (np.arange(100) + 0.5) / 100
+    logits = np.repeat([[-np.inf, 0, -np.inf, 0, 0, 0, -9.0]], 100, axis=0)
+    for settings, expected in [
+        ({"top_k": 2}, {1, 3}),
+        ({"top_k": 5}, {1, 3, 4, 5}),  # the fifth is of about 3 in 100,000
+        ({"top_p": 0.3}, {1, 3}),
+        ({"top_p": 0.7}, {1, 3, 4}),
+        ({"typical_p": 0.2}, {1}),
+        ({"typical_p": 0.6}, {1, 3, 4}),
+        ({"min_p": 1.0}, {1, 3, 4, 5}),
+    ]:
+        assert set(choose(logits, uniforms, **settings).tolist()) == expected, settings
+
+
+def test_what_cannot_come_is_never_drawn_at_the_ends():
+    ends = np.array([0.0, 0.5, np.nextafter(1.0, 0.0)])
+    for vocab_size in (1, 5, 256, 257, 600):
+        for possible in (0, vocab_size // 2, vocab_size - 1):
+            logits = np.full((3, vocab_size), -np.inf)
+            logits[:, possible] = -3.0
+            assert choose(logits, ends).tolist() == [possible] * 3
+
+
+def test_a_hopeless_token_is_not_drawn_by_rounding():
+    # The last token is of e^-200, which no sum of floats holds; a number next to 1 must not lead to it.
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(1000, 300)).astype(np.float32)
+    logits[:, -1] = -200
+    assert (choose(logits, np.full(1000, np.nextafter(1.0, 0.0))) < 299).all()
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-42, 1e-50])
+def test_at_a_temperature_near_0_the_likeliest_comes(temperature):
+    # In a process of its own: memory beyond an array may be read where all sums are NaN.
+    code = f"""
+import numpy as np
+from aigc_tf import Tokenizer
+from aigc_tf.sampler import Sampler, check_settings
+logits = np.random.default_rng(0).normal(size=(20, 300)).astype(np.float32)
+for compiled in (False, True):
+    sampler = Sampler(Tokenizer.train(["白日"]), check_settings(temperature={temperature}), compiled)
+    assert (sampler.choose(logits, np.linspace(0, 0.99, 20)) == logits.argmax(-1)).all(), compiled
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+def test_the_exponential_is_as_near_as_it_says():
+    x = np.concatenate([np.linspace(-87, 88, 40_001), [-87, 0, 88]]).astype(np.float32)
+    y = np.array([kernels._exp(value) for value in x])
+    exact = np.exp(x.astype(np.float64))
+    assert np.abs(y / exact - 1).max() < 4e-6
+    assert kernels._exp(np.float32(0)) == pytest.approx(1, abs=1e-6)
+    # Beyond its range it stays at the range's ends, and so is neither 0 nor infinite.
+    assert 0 < kernels._exp(np.float32(-1e30)) < 2e-38
+    assert 1e38 < kernels._exp(np.float32(1e30)) < np.inf
+
+
+def transformer_weights(num_blocks, dim=8, vocab_size=41, context=6):
+    generator = np.random.default_rng(num_blocks)
+
+    def array(*shape):
+        return generator.normal(size=shape).astype(np.float32)
+
+    blocks = [
+        Block(array(2, dim), array(dim, 3 * dim), array(3 * dim), array(dim, dim), array(dim), array(2, dim),
+              array(dim, 4 * dim), array(4 * dim), array(4 * dim, dim), array(dim))
+        for _ in range(num_blocks)
+    ]  # fmt: skip
+    return TransformerWeights(array(vocab_size, dim), array(context, dim), blocks, array(2, dim), 2)
+
+
+def lstm_weights(sizes, heads, vocab_size=41):
+    generator = np.random.default_rng(len(sizes))
+
+    def array(*shape):
+        return generator.normal(size=shape, scale=0.5).astype(np.float32)
+
+    layers = [(array(a + b, 4 * b), array(4 * b)) for a, b in itertools.pairwise(sizes)]
+    head = [(array(a, b), array(b)) for a, b in itertools.pairwise([sizes[-1], *heads, vocab_size])]
+    return LstmWeights(array(vocab_size, sizes[0]), layers, head)
+
+
+WEIGHTS = {
+    "one block": lambda: transformer_weights(1),
+    "three blocks": lambda: transformer_weights(3),
+    "one layer": lambda: lstm_weights([8, 16], []),
+    "layers of odd widths": lambda: lstm_weights([5, 7, 3], [5]),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 9])
+def test_logits_are_those_of_numpy_for_any_number_of_rows(name, num_rows):
+    weights = WEIGHTS[name]()
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, 41, (num_rows, 6))
+    readers = [decoding.decoder(weights, num_rows, compiled) for compiled in (False, True)]
+    for start, end in ((0, 3), (3, 4), (4, 6)):
+        rows = np.repeat(np.arange(num_rows), end - start)
+        positions = np.tile(np.arange(start, end), num_rows)
+        expected, logits = (reader.read(rows, positions, ids[rows, positions]) for reader in readers)
+        assert logits.shape == (num_rows, 41)
+        np.testing.assert_allclose(logits, expected, atol=3e-3 * expected.std())
+    # Each row goes on from another, of which two are the same.
+    parents = np.minimum(np.arange(num_rows)[::-1], max(0, num_rows - 2))
+    for reader in readers:
+        reader.copy(parents)
+    rows, positions = np.arange(num_rows), np.full(num_rows, 5)
+    expected, logits = (reader.read(rows, positions, ids[:, 0].copy()) for reader in readers)
+    np.testing.assert_allclose(logits, expected, atol=3e-3 * expected.std())
+
+
+def test_a_row_of_zeros_is_a_matrix_too():
+    weights = lstm_weights([8, 16], [])
+    weights.head[0][0][:, 5] = 0
+    weights.head[0][1][5] = 2
+    logits = decoding.decoder(weights, 1, compiled=True).read(*np.zeros((3, 1), np.int64))
+    assert np.isfinite(logits).all()
+    assert logits[0, 5] == 2
+
+
+def test_models_of_any_depth_run_the_same_compiled_code():
+    # Another layout in memory would be compiled anew, for seconds, and is read more slowly.
+    for make in WEIGHTS.values():
+        decoding.decoder(make(), 1, compiled=True).read(*np.zeros((3, 1), np.int64))
+    assert len(kernels._read_transformer.signatures) == len(kernels._lstm_layer.signatures) == 1
+
+
+COLD = """
+import sys
+import numpy as np
+sys.path.insert(0, "tests")
+from test_kernels import transformer_weights
+from aigc_tf import decoding
+weights = transformer_weights(int(sys.argv[1]))
+read = [decoding.decoder(weights, 1, compiled).read(*np.zeros((3, 1), np.int64)) for compiled in (False, True)]
+np.testing.assert_allclose(*read, atol=0.01)
+"""
+
+
+@pytest.mark.slow
+def test_code_kept_on_disk_serves_models_of_any_depth(tmp_path, pytestconfig):
+    # Each process finds what those before it have compiled.
+    for num_blocks in (2, 1, 1, 2):
+        done = subprocess.run(
+            [sys.executable, "-c", COLD, str(num_blocks)],
+            cwd=pytestconfig.rootpath,
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (num_blocks, done.stderr[-500:])
+
+
+THREADS = """
+import sys, threading
+import numpy as np
+sys.path.insert(0, "tests")
+from test_kernels import lstm_weights, transformer_weights
+from aigc_tf import Tokenizer, generation
+
+generation.is_compiled = lambda *_: True
+tokenizer = Tokenizer.train(["白日依山尽黄河入海流"])
+models = [transformer_weights(2, vocab_size=tokenizer.vocab_size), lstm_weights([8, 16], [], tokenizer.vocab_size)]
+models *= 2
+
+def write(i, model):
+    texts[i] = "".join(generation.stream(model, tokenizer, "白", seed=i, max_new_tokens=150))
+
+texts = {}
+for i, model in enumerate(models):
+    write(i, model)
+alone, texts = texts, {}
+threads = [threading.Thread(target=write, args=pair) for pair in enumerate(models)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert texts == alone
+"""
+
+
+@pytest.mark.parametrize("layer", ["workqueue", "omp"])
+def test_streams_may_be_read_by_threads_on_every_threading_layer(layer, pytestconfig):
+    if layer == "omp" and sys.platform != "linux":
+        pytest.skip("numba's wheels bring it on Linux")
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        cwd=pytestconfig.rootpath,
+        env={**os.environ, "NUMBA_THREADING_LAYER": layer},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-800:]

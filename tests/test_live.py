@@ -1,0 +1,61 @@
+import pytest
+
+from aigc_tf import live, show
+
+
+def interrupted(pieces):
+    yield from pieces
+    raise KeyboardInterrupt
+
+
+def test_texts_are_shown_one_after_another_and_returned(capsys):
+    assert show(iter(["白日", "依山尽"]), iter(["黄河"])) == ["白日依山尽", "黄河"]
+    assert capsys.readouterr().out == "白日依山尽\n黄河\n"
+    assert show() == []
+
+
+def test_an_interrupt_keeps_what_was_written(capsys):
+    assert show(interrupted(["白", "日"]), iter(["黄河"])) == ["白日", ""]
+    assert capsys.readouterr().out == "白日\n"
+
+
+def test_streams_of_any_lengths_are_read_in_turns():
+    order = []
+
+    def noted(name, pieces):
+        for piece in pieces:
+            order.append(name)
+            yield piece
+
+    texts = [""] * 3
+    for _ in live._in_turns([noted(0, "白日"), noted(1, ""), noted(2, "黄河水")], texts):
+        pass
+    assert texts == ["白日", "", "黄河水"]
+    assert order == [0, 2, 0, 2, 2]
+
+
+def test_a_notebook_shows_any_text_as_it_is():
+    shown = live._side_by_side(["<b>白</b>\n日", "&"])
+    assert "&lt;b&gt;白&lt;/b&gt;\n日" in shown
+    assert "<b>" not in shown
+    assert "&amp;" in shown
+    assert shown.count("white-space: pre-wrap") == 2
+
+
+def test_a_notebook_draws_while_it_is_written(monkeypatch):
+    # What the kernel of a notebook would show, taken where it is handed to IPython.
+    ipython = pytest.importorskip("IPython")
+    drawn = []
+
+    class Area:
+        def update(self, drawing):
+            drawn.append(drawing.data)
+
+    monkeypatch.setattr(ipython.display, "display", lambda *_, display_id: Area())
+    monkeypatch.setattr(live, "_SECONDS_BETWEEN", 0)
+    texts = [""]
+    live._write_in_notebook([iter("白日依")], texts)
+    assert texts == ["白日依"]
+    assert len(drawn) >= 3
+    assert "白日依" in drawn[-1]
+    assert "白日依" not in drawn[0]
