@@ -1,6 +1,7 @@
 """Backend and device: `keras` and `tf`, loaded quietly. Every room that needs them takes them from here."""
 
 import contextlib
+import functools
 import gc
 import os
 import sys
@@ -74,6 +75,28 @@ def gpu_bytes_in_use() -> int:
 
         return (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
     return tf.config.experimental.get_memory_info("GPU:0")["current"]
+
+
+@functools.cache
+def compiled(function, *static):
+    """Compile a function of tensors for the device, by XLA, on TensorFlow or JAX.
+
+    Args:
+        function: of `static` and then, by position, of tensors or nests of them, the second of which it may use up:
+            JAX gives its memory to the result.
+        *static: what is compiled in, hashable.
+
+    Returns:
+        The function of the tensors. It is traced once for each kind of them: their nests, shapes and dtypes.
+    """
+    function = functools.partial(function, *static)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function, donate_argnums=1)
+    function = tf.function(function, jit_compile=True, autograph=False)
+    function._omit_frequent_tracing_warning = True  # there are many kinds, each traced once
+    return function
 
 
 @contextlib.contextmanager

@@ -75,11 +75,22 @@ class Forcing:
             logits[self._rest.pop(0)] = 0
 
     def _fitting_word(self, steps_left: int) -> bytes | None:
-        """Return the first word that there is room for and that completes no banned one."""
+        """Return a word that there is room for and that completes no banned one; so may the others after it, at best."""
+        if order := self._order(self._text, list(self._missing)):
+            return order[0]
         for word, ids in self._missing.items():
             if len(ids) <= steps_left and self._fits(self._text, word):
                 return word
         return None
+
+    def _order(self, text: bytes, words: list[bytes]) -> list[bytes] | None:
+        """Return an order in which the words may follow a text and one another, or None."""
+        for word in words:
+            if self._fits(text, word):
+                others = self._order(text + word, [other for other in words if other != word])
+                if others is not None:
+                    return [word, *others]
+        return None if words else []
 
     def _fits(self, text: bytes, word: bytes) -> bool:
         return not any(banned in text[max(0, len(text) - len(banned) + 1) :] + word for banned in self._banned)

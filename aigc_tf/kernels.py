@@ -65,12 +65,14 @@ class _Threads:
 def _run(num_threads: int, function, *args):
     """Call a compiled function in a number of threads; the user's own numba code keeps its number."""
     before = numba.get_num_threads()
-    numba.set_num_threads(num_threads)
+    if num_threads != before:
+        numba.set_num_threads(num_threads)
     try:
         with _one_at_a_time:
             return function(*args)
     finally:
-        numba.set_num_threads(before)
+        if num_threads != before:
+            numba.set_num_threads(before)
 
 
 # --- a model's parts -----------------------------------------------------------------------------------------
@@ -432,8 +434,9 @@ def choose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p) -> np.
     Returns:
         Token ids, `int64 (R,)`.
     """
-    shares = (_f32(share) for share in (typical_p, top_p, min_p))
-    return _run(min(_MAX_THREADS, len(logits)), _choose, logits, uniforms, _f32(temperature), top_k, *shares)
+    shares = _f32(typical_p), _f32(top_p), _f32(min_p)
+    with _one_at_a_time:
+        return _choose(logits, uniforms, _f32(temperature), top_k, *shares)
 
 
 @_compiled(parallel=True, fastmath=_WITH_INFINITY)

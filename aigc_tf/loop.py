@@ -11,8 +11,6 @@ values (B, H, T, D / H) or the hidden and cell states (B, D) of each layer; and 
 (2, B, V) of the tokens in the text and of those written, and `text` (B, columns), the newest at the right end.
 """
 
-import functools
-import importlib
 import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import sampling
-from .devices import keras, tf
+from .devices import compiled, keras
 from .sampler import Sampler, Settings
 from .weights import LstmWeights, TransformerWeights
 
@@ -121,17 +119,6 @@ class _Rules(NamedTuple):
     top_k: int | None
     no_repeat_ngram: int | None
     scored: bool
-
-
-@functools.cache
-def compiled(function, *static):
-    """Compile `function(*static, weights, state, ...)` for each kind of arguments; it may use up the state."""
-    function = functools.partial(function, *static)
-    if keras.backend.backend() == "jax":
-        return importlib.import_module("jax").jit(function, donate_argnums=1)
-    function = tf.function(function, jit_compile=True, autograph=False)
-    function._omit_frequent_tracing_warning = True  # there are many kinds, each traced once
-    return function
 
 
 _moved = weakref.WeakKeyDictionary()  # weights -> from a dtype to the same on the device
@@ -242,14 +229,9 @@ def _choose(rules, settings, logits, uniforms):
     if "top_p" in settings:
         logits = sampling.keep_top_p(logits, settings["top_p"])
     if "min_p" in settings:
-        logits = _keep_min_p(logits, settings["min_p"])
+        logits = sampling.keep_min_p(logits, settings["min_p"])
     drawn = sampling.draw(logits, uniforms)
     return drawn if ids is None else ops.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
-
-
-def _keep_min_p(logits, p):
-    odds = ops.exp(logits - ops.max(logits, axis=-1, keepdims=True))
-    return ops.where(odds >= p, logits, -float("inf"))
 
 
 # --- what is compiled: reading -------------------------------------------------------------------------------

@@ -96,10 +96,8 @@ def keep_min_p(logits, p: float):
         M. Nguyen et al., "Turning up the heat: min-p sampling for creative and coherent LLM outputs" (2024).
     """
     ops = library_of(logits)
-    if p == 0:
-        return logits
-    border = ops.max(logits, axis=-1, keepdims=True) + float(np.log(p))
-    return ops.where(logits >= border, logits, -float("inf"))
+    odds = ops.exp(logits - ops.max(logits, axis=-1, keepdims=True))
+    return ops.where(odds >= p, logits, -float("inf"))
 
 
 def keep_typical(logits, p: float):
@@ -234,10 +232,11 @@ def draw(logits, uniforms):
         [0, 0, 1, 1, 2]
     """
     ops = library_of(logits)
-    cumulative = ops.cumsum(softmax(logits), axis=-1)
-    # Scaled by the last sum, which rounding leaves beside 1; so the threshold stays below it, and a token of
-    # probability 0 never adds to the sum, so it is never the first above the threshold.
-    threshold = ops.expand_dims(uniforms, -1) * cumulative[..., -1:]
+    probabilities = softmax(logits)
+    # XLA sums in a tree, so a sum may rise by a rounding where nothing is added, and fall where something is: only
+    # tokens that can come count. Scaled by the largest sum, which rounding leaves beside 1, the threshold stays below.
+    cumulative = ops.where(probabilities > 0, ops.cumsum(probabilities, axis=-1), 0.0)
+    threshold = ops.expand_dims(uniforms, -1) * ops.max(cumulative, axis=-1, keepdims=True)
     return ops.argmax(ops.where(cumulative > threshold, 1, 0), axis=-1)
 
 

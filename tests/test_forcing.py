@@ -173,6 +173,11 @@ def test_a_banned_word_does_not_arise_from_a_forced_one():
             assert not any(word in text for word in banned), text
 
 
+def test_words_that_would_make_a_banned_one_come_in_the_other_order():
+    assert TOKENIZER.decode(write(["山", "白"], 2, prompt="日", banned=["日山"])) == "白山"
+    assert TOKENIZER.decode(write(["日", "山"], 2, banned=["日山"])) == "山日"
+
+
 def test_a_banned_word_in_the_prompt_does_not_keep_the_words_out():
     for seed in range(10):
         ids = write(["山"], 5, BYTES, seed=seed, prompt="依白日依", banned=["白日"])

@@ -8,6 +8,7 @@ from conftest import CLAUSES, message_of, spread, table_model
 import aigc_tf
 from aigc_tf import Tokenizer, generate, generate_batch, generation, kneser_ney, sampling, stream
 from aigc_tf.decoding import decoder
+from aigc_tf.devices import keras
 from aigc_tf.sampler import Sampler, check_settings
 from aigc_tf.texts import Texts
 
@@ -248,6 +249,23 @@ def test_a_model_that_has_changed_is_read_anew(model, tokenizer, compiled):
     changed = generate(model, tokenizer, "白日", **settings)
     assert changed == greedy_by_hand(model, tokenizer, "白日", 15)
     assert changed != before
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_model_that_is_trained_on_is_read_anew(build, model, tokenizer, jit_compile):
+    # Training may change variables where they stand in memory.
+    if jit_compile and build.architecture == "lstm":
+        pytest.skip("it takes long to compile")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(3.0), loss, jit_compile=jit_compile)
+    ids = np.array([tokenizer.encode("，".join(CLAUSES * 2))[: T + 1]], np.int32)
+    texts = []
+    for _ in range(4):
+        texts.append(generate(model, tokenizer, "白日", max_new_tokens=15, temperature=0))
+        # By hand half a character at the end is shown.
+        assert texts[-1].rstrip("\ufffd") == greedy_by_hand(model, tokenizer, "白日", 15).rstrip("\ufffd")
+        model.train_on_batch(ids[:, :-1], ids[:, 1:])
+    assert len(set(texts)) > 2
 
 
 def test_streams_read_in_turns_are_what_they_are_alone(model, tokenizer, compiled):
