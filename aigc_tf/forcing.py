@@ -75,7 +75,7 @@ class Forcing:
             logits[self._rest.pop(0)] = 0
 
     def _fitting_word(self, steps_left: int) -> bytes | None:
-        """Return a word that there is room for and that completes no banned one; so may the others after it, at best."""
+        """Return a word that there is room for and that completes no banned one; at best others may follow it."""
         if order := self._order(self._text, list(self._missing)):
             return order[0]
         for word, ids in self._missing.items():
