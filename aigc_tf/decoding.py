@@ -105,7 +105,7 @@ def model_weights(model) -> TransformerWeights | LstmWeights | None:
 def _value(variable) -> np.ndarray:
     """Return the value of a Keras variable, on a CPU without copying it: a tensor that was read does not change."""
     value = variable.value
-    return np.asarray(value.read_value() if hasattr(value, "read_value") else value)
+    return np.asarray(value.value() if callable(getattr(value, "value", None)) else value)
 
 
 def _same(now: np.ndarray, before: np.ndarray) -> bool:

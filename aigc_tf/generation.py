@@ -227,7 +227,7 @@ def _write(model, sampler, begins, forcings, uniforms, log_probabilities=None) -
 
         if devices.uses_accelerator() and loop.can_run(sampler):
             return loop.steps(weights, sampler, begins, uniforms, log_probabilities=log_probabilities)
-    texts = Texts(decoder(model, len(begins), sampler.compiled), begins, uniforms.shape[1])
+    texts = Texts(decoder(weights or model, len(begins), sampler.compiled), begins, uniforms.shape[1])
     return _steps(texts, sampler, forcings, uniforms, log_probabilities)
 
 

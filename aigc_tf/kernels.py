@@ -87,9 +87,8 @@ class _Matrix(NamedTuple):
 
 
 def _pack(matrix: np.ndarray, bias: np.ndarray) -> _Matrix:
-    """Pack a matrix (inputs, outputs), with outputs of zero up to an even number, as the kernel takes them by two."""
-    odd = matrix.shape[1] % 2
-    matrix, bias = np.ascontiguousarray(np.pad(matrix, ((0, 0), (0, odd))).T), np.pad(bias, (0, odd))
+    """Pack a matrix (inputs, outputs)."""
+    matrix = np.ascontiguousarray(matrix.T)
     scale = np.maximum(np.abs(matrix).max(1), np.finfo(_f32).tiny) / _f32(2**15 - 1)
     return _Matrix(np.rint(matrix / scale[:, None]).astype(np.int16), scale, bias)
 
@@ -115,35 +114,52 @@ def _exp(x):
 
 @_compiled(parallel=True, fastmath=True)
 def _linear(x, rounded, scale, bias, gelu):
-    """Return x W^T + b, for 4 tokens and 2 outputs at a time: 8 sums in registers share what they read."""
+    """Return x W^T + b, for 4 tokens and 4 outputs at a time: 16 sums in registers share what they read."""
     num_outputs, num_inputs = rounded.shape
     num_tokens = len(x)
     out = np.empty((num_tokens, num_outputs), _f32)
     fours = num_tokens // 4 * 4
-    for part in numba.prange((num_outputs + _OUTPUTS - 1) // _OUTPUTS):
+    touched = np.empty((num_outputs + _OUTPUTS - 1) // _OUTPUTS, np.int32)
+    for part in numba.prange(len(touched)):
         first, end = part * _OUTPUTS, min(num_outputs, (part + 1) * _OUTPUTS)
-        for o in range(first, end, 2):
-            p = o + 1
-            for t in range(0, fours, 4):
+        if fours:  # Fetch the rows one after the other: memory is read ahead best in one stream.
+            seen = np.int32(0)
+            for o in range(first, end):
+                for i in range(0, num_inputs, 32):
+                    seen = np.int32(seen + np.int32(rounded[o, i]))
+            touched[part] = seen
+        end_of_fours = first + (end - first) // 4 * 4
+        for t in range(0, fours, 4):
+            for o in range(first, end_of_fours, 4):
+                o1, o2, o3 = o + 1, o + 2, o + 3
+                t1, t2, t3 = t + 1, t + 2, t + 3
                 a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = _f32(0)
+                c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = _f32(0)
                 for i in range(num_inputs):
-                    a, b = _f32(rounded[o, i]), _f32(rounded[p, i])
-                    a0 += x[t, i] * a
-                    a1 += x[t + 1, i] * a
-                    a2 += x[t + 2, i] * a
-                    a3 += x[t + 3, i] * a
-                    b0 += x[t, i] * b
-                    b1 += x[t + 1, i] * b
-                    b2 += x[t + 2, i] * b
-                    b3 += x[t + 3, i] * b
-                out[t, o], out[t + 1, o], out[t + 2, o], out[t + 3, o] = a0, a1, a2, a3
-                out[t, p], out[t + 1, p], out[t + 2, p], out[t + 3, p] = b0, b1, b2, b3
-            for q in (o, p):  # one after the other: memory is read ahead best in one stream
-                for t in range(fours, num_tokens):
-                    a0 = _f32(0)
-                    for i in range(num_inputs):
-                        a0 += x[t, i] * _f32(rounded[q, i])
-                    out[t, q] = a0
+                    w0, w1, w2, w3 = (
+                        _f32(rounded[o, i]),
+                        _f32(rounded[o1, i]),
+                        _f32(rounded[o2, i]),
+                        _f32(rounded[o3, i]),
+                    )
+                    xi = x[t, i]
+                    a0, a1, a2, a3 = a0 + xi * w0, a1 + xi * w1, a2 + xi * w2, a3 + xi * w3
+                    xi = x[t1, i]
+                    b0, b1, b2, b3 = b0 + xi * w0, b1 + xi * w1, b2 + xi * w2, b3 + xi * w3
+                    xi = x[t2, i]
+                    c0, c1, c2, c3 = c0 + xi * w0, c1 + xi * w1, c2 + xi * w2, c3 + xi * w3
+                    xi = x[t3, i]
+                    d0, d1, d2, d3 = d0 + xi * w0, d1 + xi * w1, d2 + xi * w2, d3 + xi * w3
+                out[t, o], out[t, o1], out[t, o2], out[t, o3] = a0, a1, a2, a3
+                out[t1, o], out[t1, o1], out[t1, o2], out[t1, o3] = b0, b1, b2, b3
+                out[t2, o], out[t2, o1], out[t2, o2], out[t2, o3] = c0, c1, c2, c3
+                out[t3, o], out[t3, o1], out[t3, o2], out[t3, o3] = d0, d1, d2, d3
+        for o in range(first, end):
+            for t in range(fours if o < end_of_fours else 0, num_tokens):
+                total = _f32(0)
+                for i in range(num_inputs):
+                    total += x[t, i] * _f32(rounded[o, i])
+                out[t, o] = total
         for t in range(num_tokens):
             # Numbers without a sign, as an index that might be negative keeps a loop from running in vectors.
             for o in range(np.uint64(first), np.uint64(end)):
@@ -305,7 +321,7 @@ def _transformer_decoder(w: TransformerWeights, num_rows: int):
     packed = _packed[w]
 
     def read(rows, positions, ids, last):
-        return _read_transformer(*packed, keys, values, scales, rows, positions, ids, last)[:, :vocab_size]
+        return _read_transformer(*packed, keys, values, scales, rows, positions, ids, last)
 
     def copy(parents):
         moved = np.flatnonzero(parents != np.arange(num_rows))
@@ -320,7 +336,6 @@ def _lstm_decoder(w: LstmWeights, num_rows: int):
         _packed[w] = [_pack(*layer) for layer in w.layers], [_pack(*layer) for layer in w.head]
     layers, head = _packed[w]
     states = [np.zeros((2, num_rows, len(bias) // 4), _f32) for _, bias in w.layers]
-    vocab_size = len(w.head[-1][1])
 
     def step(rows, ids):
         x = w.token_embedding[ids]
@@ -337,7 +352,7 @@ def _lstm_decoder(w: LstmWeights, num_rows: int):
         x = states[-1][0, rows[last]]
         for matrix in head:
             x = _linear(x, *matrix, False)
-        return x[:, :vocab_size]
+        return x
 
     def copy(parents):
         for state in states:

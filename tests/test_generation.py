@@ -184,13 +184,23 @@ def test_best_of_is_the_likeliest_of_the_texts_of_its_seeds(model, tokenizer, mo
 def test_best_of_goes_by_the_average_of_all_tokens_and_the_end():
     tokenizer = Tokenizer.train(["白日依山"])
     white, sun, hill, eos = *tokenizer.encode("白日山"), tokenizer.EOS
-    # Both have one half in all; of 日, which ends at once, two tokens share it, of 白 twelve.
-    model = table_model(tokenizer, {tokenizer.BOS: [white, sun], white: hill, hill: hill, sun: eos})
-    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_p": None, "best_of": 12}
-    assert generate(model, tokenizer, seed=0, **settings) == "白" + "山" * 11
-    # The others have one half for each token, 日 and its end one for both.
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_p": None, "best_of": 30, "seed": 0}
+    # 白 and what follows are less likely in all, 1/2 · 1/2 to 日's 1/2; but twelve tokens share it, and 日's two.
+    model = table_model(tokenizer, {tokenizer.BOS: [white, sun], white: [hill, sun], hill: hill, sun: eos})
+    assert generate(model, tokenizer, **settings) == "白" + "山" * 11
+    # Where the others have 1/2 for each token 日 is best, as its end is a token too.
     model = table_model(tokenizer, {tokenizer.BOS: [white, sun], white: [hill, sun], hill: [hill, white], sun: eos})
-    assert generate(model, tokenizer, seed=0, **{**settings, "max_new_tokens": 4}) == "日"
+    assert generate(model, tokenizer, **{**settings, "max_new_tokens": 4}) == "日"
+
+
+def test_best_of_asks_the_model_and_not_the_settings():
+    tokenizer = Tokenizer.train(["白日依山"])
+    white, sun, hill, eos = *tokenizer.encode("白日山"), tokenizer.EOS
+    model = table_model(tokenizer, {tokenizer.BOS: [white, sun], white: eos, sun: [hill, eos], hill: eos})
+    settings = {"max_new_tokens": 9, "temperature": 1.0, "top_p": None, "best_of": 40, "seed": 0}
+    # What the settings prefer, 日 and after it 山, comes more often, but the model finds 白 likelier.
+    for preferring in ({"logit_bias": {"日": 2.0, "山": 2.0}}, {"presence_penalty": -2.0, "logit_bias": {"日": 2.0}}):
+        assert generate(model, tokenizer, **settings, **preferring) == "白"
 
 
 def test_prompts_of_very_different_lengths_do_not_touch_each_other(model, tokenizer, compiled):
