@@ -32,9 +32,9 @@ def _compiled(**options):
 
     def compile_lazily(function):
         try:
-            return numba.njit(cache=True, nogil=True, **options)(function)
+            return numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
         except RuntimeError:  # neither this folder nor the user's own can be written
-            return numba.njit(nogil=True, **options)(function)
+            return numba.njit(nogil=True, error_model="numpy", **options)(function)
 
     return compile_lazily
 
@@ -95,7 +95,8 @@ def _pack(matrix: np.ndarray, bias: np.ndarray) -> _Matrix:
     """Pack a matrix (inputs, outputs)."""
     matrix = np.ascontiguousarray(matrix.T)
     scale = np.maximum(np.abs(matrix).max(1), np.finfo(_f32).tiny) / _f32(2**15 - 1)
-    return _Matrix(np.rint(matrix / scale[:, None]).astype(np.int16), scale, bias)
+    with np.errstate(invalid="ignore"):  # where a weight is no number the scale is none, and tells
+        return _Matrix(np.rint(matrix / scale[:, None]).astype(np.int16), scale, np.ascontiguousarray(bias))
 
 
 def _pack_all(matrices, biases) -> _Matrix:
@@ -470,7 +471,7 @@ def _choose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p):
             largest = max(largest, logits[row, i])
         for i in range(vocab_size):
             scaled[i] = (logits[row, i] - largest) / temperature
-            odds[i] = _exp(scaled[i]) if scaled[i] > -np.inf else _f32(0)
+            odds[i] = _exp(scaled[i]) if scaled[i] > -87 else _f32(0)  # less is nothing beside the largest, 1
         if top_k < vocab_size:
             _keep(odds, logits[row], np.ones(vocab_size, _f32), _f32(top_k))
         if typical_p < 1:

@@ -14,6 +14,7 @@ import numpy as np
 from . import sampling
 from .tokenizer import Tokenizer
 
+_COLDEST = 1e-6  # below, differences that float32 logits can hold leave but the likeliest token
 _OPTIONAL = ("top_k", "top_p", "min_p", "typical_p", "no_repeat_ngram")
 
 
@@ -65,6 +66,8 @@ def check_settings(**sampling) -> Settings:
         if given[name] is not None or name not in _OPTIONAL:
             check_number(name, given[name], rule, words)
             given[name] = (int if rule is _at_least_1 else float)(given[name])
+    if given["temperature"] < _COLDEST:
+        given["temperature"] = 0.0
     for name in ("exempt", "banned", "forced"):
         words = given[name]
         if not isinstance(words, str) and isinstance(words, Iterable):
@@ -171,7 +174,10 @@ class Sampler:
 
     def _or_end(self, logits: np.ndarray) -> np.ndarray:
         """Let a text end for which nothing is left to come; in place."""
-        logits[logits.max(axis=-1) == -np.inf, self.eos] = 0
+        highest = logits.max(axis=-1)
+        if np.isnan(highest).any():
+            raise ValueError("The model's logits are not numbers (NaN). Its training failed: load an earlier one.")
+        logits[highest == -np.inf, self.eos] = 0
         return logits
 
     @property

@@ -203,6 +203,16 @@ def test_best_of_asks_the_model_and_not_the_settings():
         assert generate(model, tokenizer, **settings, **preferring) == "白"
 
 
+def test_no_two_texts_share_their_chance():
+    uniforms = generation._uniforms(3, 4, 5, seed=7)
+    assert uniforms.shape == (12, 5)
+    assert len(np.unique(uniforms)) == 60
+    # The first of each prompt is that of its seed alone.
+    for i in range(3):
+        np.testing.assert_array_equal(uniforms[4 * i], np.random.default_rng(7 + i).random(5))
+    assert (generation._uniforms(2, 1, 5, None) != generation._uniforms(2, 1, 5, None)).all()
+
+
 def test_prompts_of_very_different_lengths_do_not_touch_each_other(model, tokenizer, compiled):
     long = "，".join(CLAUSES)
     prompts = ["", "白", long * 2, "龘🐉", long[:T], long[: T - 1], long[: T - 2] + "龘", "\n"]
@@ -276,6 +286,13 @@ def test_a_model_that_is_trained_on_is_read_anew(build, model, tokenizer, jit_co
         assert texts[-1].rstrip("\ufffd") == greedy_by_hand(model, tokenizer, "白日", 15).rstrip("\ufffd")
         model.train_on_batch(ids[:, :-1], ids[:, 1:])
     assert len(set(texts)) > 2
+
+
+def test_a_model_of_nan_is_said(model, tokenizer, compiled):
+    weight = model.get_layer("token_embedding").weights[0]
+    weight.assign(weight * float("nan"))
+    for settings in ({}, {"temperature": 0}, {"num_beams": 2}):
+        assert "not numbers (NaN)" in message_of(ValueError, generate, model, tokenizer, "白", **settings)
 
 
 def test_streams_read_in_turns_are_what_they_are_alone(model, tokenizer, compiled):
