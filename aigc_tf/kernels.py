@@ -5,15 +5,10 @@ largest of its row and halves what is read for each token: reading weights is wh
 """
 
 import math
-import os
 import threading
 import time
 import weakref
 from typing import NamedTuple
-
-# Threads that wait sleep. Else they spin, and beside other busy threads, such as TensorFlow's own, a step of a model
-# of 5 million parameters takes up to 8 milliseconds instead of half of one. The threads are made at the first call.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numba
 import numpy as np
