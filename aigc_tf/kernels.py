@@ -86,12 +86,17 @@ class _Matrix(NamedTuple):
     bias: np.ndarray
 
 
+def _array(values: np.ndarray) -> np.ndarray:
+    """Return values as an array of the one kind that functions are compiled for; a backend's may be read-only."""
+    return np.require(values, _f32, "CW")
+
+
 def _pack(matrix: np.ndarray, bias: np.ndarray) -> _Matrix:
     """Pack a matrix (inputs, outputs)."""
     matrix = np.ascontiguousarray(matrix.T)
     scale = np.maximum(np.abs(matrix).max(1), np.finfo(_f32).tiny) / _f32(2**15 - 1)
     with np.errstate(invalid="ignore"):  # where a weight is no number the scale is none, and tells
-        return _Matrix(np.rint(matrix / scale[:, None]).astype(np.int16), scale, np.ascontiguousarray(bias))
+        return _Matrix(np.rint(matrix / scale[:, None]).astype(np.int16), scale, _array(bias))
 
 
 def _pack_all(matrices, biases) -> _Matrix:
@@ -308,15 +313,15 @@ def _transformer_decoder(w: TransformerWeights, num_rows: int):
     if w not in _packed:
         b = [list(field) for field in zip(*w.blocks, strict=True)]
         _packed[w] = (
-            w.token_embedding,
-            w.position_embedding,
+            _array(w.token_embedding),
+            _array(w.position_embedding),
             np.stack(b[0]),
             _pack_all(b[1], b[2]),
             _pack_all(b[3], b[4]),
             np.stack(b[5]),
             _pack_all(b[6], b[7]),
             _pack_all(b[8], b[9]),
-            w.final_norm,
+            _array(w.final_norm),
             _pack(w.token_embedding.T, np.zeros(vocab_size, _f32)),
         )
     packed = _packed[w]

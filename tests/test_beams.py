@@ -97,7 +97,7 @@ def test_with_beams_for_all_texts_the_best_of_all_is_found(model, kind, length_p
 
 def test_the_length_penalty_decides_between_short_and_long(model):
     settings = {"logit_bias": {**only("白日山"), EOS: 1.0}}
-    lengths = [sum(map(len, search(model, PROMPTS, 64, 3, penalty, **settings)[0])) for penalty in (-1.0, 0.0, 2.0)]
+    lengths = [sum(map(len, search(model, PROMPTS, 64, 3, penalty, **settings)[0])) for penalty in (-4.0, 0.0, 6.0)]
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1]
 
@@ -132,10 +132,11 @@ def beams_by_hand(model, prompt, num_beams, max_new_tokens, length_penalty, bias
 
 
 @pytest.mark.parametrize("num_beams", [2, 4])
-def test_beyond_the_context_it_is_the_search_by_hand(model, num_beams):
-    settings = {"logit_bias": {**only("白日依山，"), EOS: -1.0}}
+@pytest.mark.parametrize("end", [-1.0, -6.0], ids=["some end", "all go on"])
+def test_beyond_the_context_it_is_the_search_by_hand(model, num_beams, end):
+    settings = {"logit_bias": {**only("白日依山，"), EOS: end}}
     expected = [beams_by_hand(model, prompt, num_beams, 30, 0.7, bias_of(settings)) for prompt in PROMPTS]
-    assert max(map(len, expected)) > 2 * T
+    assert max(map(len, expected)) > 2 * T or end == -1
     for kind in ("numpy", "plain"):
         assert search(model, PROMPTS, num_beams, 30, 0.7, kind, **settings)[0] == expected
         # Together they are what each is alone.

@@ -217,3 +217,13 @@ def test_bare_weights_load_numba_only_where_there_is_much_to_write(build):
     assert not decoding.is_compiled(weights, 1000)
     assert decoding.is_compiled(weights, 10**9)
     assert decoding.model_weights(weights) is weights
+
+
+def test_weights_are_the_same_object_while_they_are_equal(build):
+    model = build(V, T)
+    weights = decoding.model_weights(model)
+    assert decoding.model_weights(model) is weights
+    model.set_weights(model.get_weights())  # equal values elsewhere in memory
+    assert decoding.model_weights(model) is weights
+    model.set_weights([2 * value for value in model.get_weights()])
+    assert decoding.model_weights(model) is not weights

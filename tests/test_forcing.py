@@ -199,8 +199,9 @@ def test_force_is_stronger_than_what_else_is_unwanted():
 
 
 def test_each_text_of_a_batch_has_its_words():
-    cycle = TOKENIZER.encode("依山，")
-    model = table_model(TOKENIZER, dict(zip(cycle, [*cycle[1:], cycle[0]], strict=True)))
+    lean, hill, comma = TOKENIZER.encode("依山，")
+    # Some end long before others.
+    model = table_model(TOKENIZER, {BOS: lean, lean: [lean, hill], hill: comma, comma: [lean, EOS]})
     prompts = ["依", "山依山", "", "白日"]
     settings = {"forced": ["白日", "龘"], "max_new_tokens": 30, "temperature": 1.0, "top_p": None}
     texts = generate_batch(model, TOKENIZER, prompts, seed=4, **settings)

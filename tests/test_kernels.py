@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from aigc_tf import decoding, kernels, sampling
+from aigc_tf import decoding, kernels, models, sampling
 from aigc_tf.weights import Block, LstmWeights, TransformerWeights
 
 SETTINGS = {
@@ -225,10 +225,10 @@ def test_a_row_of_zeros_is_a_matrix_too():
     assert logits[0, 5] == 2
 
 
-def test_models_of_any_depth_run_the_same_compiled_code():
+def test_models_of_any_depth_and_origin_run_the_same_compiled_code():
     # Another layout in memory would be compiled anew, for seconds, and is read more slowly.
-    for make in WEIGHTS.values():
-        decoding.decoder(make(), 1, compiled=True).read(*np.zeros((3, 1), np.int64))
+    for model in [*(make() for make in WEIGHTS.values()), models.lstm(41, 8), models.transformer(41, 8)]:
+        decoding.decoder(model, 1, compiled=True).read(*np.zeros((3, 1), np.int64))
     assert len(kernels._read_transformer.signatures) == len(kernels._lstm_layer.signatures) == 1
 
 

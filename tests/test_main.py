@@ -155,6 +155,15 @@ def test_each_option_of_generate_is_the_setting_of_that_name(run_folder, capsys,
     assert expected != without
 
 
+def test_several_words_can_be_banned(run_folder, capsys):
+    _, tokenizer = load_writer(run_folder)
+    free = written(capsys, run_folder, "--top-k", "50")
+    words = [word for word in dict.fromkeys(free[2:]) if tokenizer.piece_id(word) is not None and word.strip()][:3]
+    assert len(words) == 3
+    arguments = [part for word in words for part in ("--ban", word)]
+    assert not set(words) & set(written(capsys, run_folder, "--top-k", "50", *arguments)[2:])
+
+
 def test_exempt_names_a_list_and_takes_punctuation_along(run_folder, tmp_path, capsys):
     (tmp_path / "words.txt").write_text("白\n依\n", "utf-8")
     model, tokenizer = load_writer(run_folder)
@@ -247,6 +256,7 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["generate", run, "--num-beams", "2", "--force", "白"], "cannot heed forced"),
         (["generate", run, "--num-beams", "2", "--length-penalty", "nan"], "length_penalty must be a finite number"),
         (["generate", run, "--seed", "-1"], "seed"),
+        (["generate", str(tmp_path), "--top-p", "0"], "top_p must be above 0"),  # before anything is loaded
         (["info", str(tmp_path)], "is no run folder"),
         (["demo", "--out", str(tmp_path / "x"), "--steps-fraction", "0"], "steps_fraction must be above 0"),
     ]:

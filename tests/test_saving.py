@@ -1,8 +1,10 @@
+import hashlib
 import json
 import subprocess
 import sys
 import zipfile
 
+import h5py
 import numpy as np
 import pytest
 from conftest import message_of, spread, table_model
@@ -214,6 +216,27 @@ def test_a_model_of_another_graph_is_loaded_whole(tokenizer, tmp_path):
     assert isinstance(writer, keras.Model)
     settings = {"max_new_tokens": 12, "seed": 0}
     assert generate(writer, tokenizer, "白", **settings) == generate(model, tokenizer, "白", **settings)
+
+
+def test_a_file_laid_out_in_another_way_is_loaded_whole(trained, tokenizer, tmp_path):
+    save(tmp_path, trained, tokenizer)
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    (tmp_path / "weights").write_bytes(parts["model.weights.h5"])
+    with h5py.File(tmp_path / "weights", "r+") as file:
+        for group in file["layers"].values():
+            group["vars"].attrs["name"] = "layer"  # as if it were told in another place
+    parts["model.weights.h5"] = (tmp_path / "weights").read_bytes()
+    with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+    run = read_run(tmp_path)
+    run["sha256"]["model.keras"] = hashlib.sha256((tmp_path / "model.keras").read_bytes()).hexdigest()
+    (tmp_path / "run.json").write_text(json.dumps(run), "utf-8")
+    writer, _ = load_writer(tmp_path)
+    assert isinstance(writer, keras.Model)
+    settings = {"max_new_tokens": 12, "seed": 0}
+    assert generate(writer, tokenizer, "白", **settings) == generate(trained, tokenizer, "白", **settings)
 
 
 def test_a_writer_and_another_tokenizer_do_not_belong_together(trained, tokenizer, tmp_path):
