@@ -241,12 +241,15 @@ def _steps(texts, sampler, forcings, uniforms, log_probabilities=None) -> Iterat
         if not len(going):
             return
         logits = texts.read(going)
-        adjusted = sampler.adjust(logits, texts, going)
-        for i, row in enumerate(going if forcings else ()):
-            forcings[row].constrain(adjusted[i], uniforms.shape[1] - step)
-        chosen = sampler.choose(adjusted, uniforms[going, step])
-        for i, row in enumerate(going if forcings else ()):
-            forcings[row].note(int(chosen[i]))
+        if forcings or sampler.depends_on_text:
+            adjusted = sampler.adjust(logits, texts, going)
+            for i, row in enumerate(going if forcings else ()):
+                forcings[row].constrain(adjusted[i], uniforms.shape[1] - step)
+            chosen = sampler.choose(adjusted, uniforms[going, step])
+            for i, row in enumerate(going if forcings else ()):
+                forcings[row].note(int(chosen[i]))
+        else:
+            chosen = sampler.choose_at_once(logits, uniforms[going, step])
         if log_probabilities is not None:
             log_probabilities[going] += log_softmax(logits)[np.arange(len(going)), chosen]
         texts.write(going, chosen)

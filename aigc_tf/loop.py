@@ -177,7 +177,9 @@ def _write(rules, weights, state, settings, uniforms, going, starts, now, count)
         return (i < count) & ops.any(going)
 
     def step(i, going, ids, scores, state):
-        chosen = _choose(rules, settings, _adjust(rules, settings, state), ops.take(uniforms, i, axis=1))
+        shares = (settings.get(name) for name in ("typical_p", "top_p", "min_p"))
+        adjusted, chance = _adjust(rules, settings, state), ops.take(uniforms, i, axis=1)
+        chosen = sampling.choose(adjusted, chance, settings.get("temperature"), rules.top_k, *shares)
         chosen = ops.where(going, ops.cast(chosen, "int32"), rules.eos)[:, None]
         ids = ops.slice_update(ids, (0, i), chosen)
         if rules.scored:
@@ -214,24 +216,6 @@ def _adjust(rules, settings, state):
         penalties = settings.get("presence_penalty", 0.0), settings.get("frequency_penalty", 0.0)
         logits = sampling.penalize_counts(logits, written, *penalties)
     return logits
-
-
-def _choose(rules, settings, logits, uniforms):
-    """Do what `Sampler.choose` does with adjusted logits (B, V) and uniforms (B,)."""
-    if "temperature" not in settings:
-        return ops.argmax(logits, axis=-1)
-    logits = sampling.apply_temperature(logits, settings["temperature"])
-    ids = None
-    if rules.top_k is not None:
-        logits, ids = sampling.top_k(logits, int(rules.top_k))
-    if "typical_p" in settings:
-        logits = sampling.keep_typical(logits, settings["typical_p"])
-    if "top_p" in settings:
-        logits = sampling.keep_top_p(logits, settings["top_p"])
-    if "min_p" in settings:
-        logits = sampling.keep_min_p(logits, settings["min_p"])
-    drawn = sampling.draw(logits, uniforms)
-    return drawn if ids is None else ops.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
 
 
 # --- what is compiled: reading -------------------------------------------------------------------------------

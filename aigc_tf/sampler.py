@@ -15,6 +15,7 @@ from . import sampling
 from .tokenizer import Tokenizer
 
 _COLDEST = 1e-6  # below, differences that float32 logits can hold leave but the likeliest token
+_NOT_NUMBERS = "The model's logits are not numbers (NaN). Its training failed: load an earlier one."
 _OPTIONAL = ("top_k", "top_p", "min_p", "typical_p", "no_repeat_ngram")
 
 
@@ -106,7 +107,7 @@ class Sampler:
     Args:
         tokenizer: the tokenizer.
         settings: what `check_settings` gave.
-        compiled: choose with `kernels.py`.
+        compiled: choose with `choice.py`.
 
     Raises:
         ValueError: a token of `logit_bias` is none of the vocabulary, or no token is left to choose.
@@ -176,7 +177,7 @@ class Sampler:
         """Let a text end for which nothing is left to come; in place."""
         highest = logits.max(axis=-1)
         if np.isnan(highest).any():
-            raise ValueError("The model's logits are not numbers (NaN). Its training failed: load an earlier one.")
+            raise ValueError(_NOT_NUMBERS)
         logits[highest == -np.inf, self.eos] = 0
         return logits
 
@@ -196,37 +197,37 @@ class Sampler:
                 if (banned := self.completions.get(tail[-length:])) is not None:
                     logits[row, banned] = -np.inf
 
-    def choose(self, logits, uniforms):
+    def choose(self, adjusted: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Choose a token from each row: the likeliest at temperature 0, or a draw from what the settings keep.
 
         Args:
-            logits: (R, V), adjusted.
+            adjusted: logits (R, V) that `adjust` gave.
             uniforms: (R,), uniform in [0, 1).
 
         Returns:
-            Ids, int (R,).
+            Ids, `int64 (R,)`.
         """
+        if self.compiled:
+            return self._choose_compiled(adjusted, np.zeros_like(self.bias), uniforms)
         s = self.settings
-        ops = sampling.library_of(logits)
-        if s.temperature == 0:
-            return ops.argmax(logits, axis=-1)
-        if self.compiled and ops is np:
-            from . import kernels
+        return sampling.choose(adjusted, uniforms, s.temperature or None, s.top_k, s.typical_p, s.top_p, s.min_p)
 
-            top_k = min(int(s.top_k or logits.shape[-1]), logits.shape[-1])
-            return kernels.choose(logits, uniforms, s.temperature, top_k, s.typical_p or 1, s.top_p or 1, s.min_p or 0)
-        logits = sampling.apply_temperature(logits, s.temperature)
-        ids = None
-        if s.top_k is not None:
-            logits, ids = sampling.top_k(logits, int(s.top_k))
-        if s.typical_p is not None:
-            logits = sampling.keep_typical(logits, s.typical_p)
-        if s.top_p is not None:
-            logits = sampling.keep_top_p(logits, s.top_p)
-        if s.min_p is not None:
-            logits = sampling.keep_min_p(logits, s.min_p)
-        drawn = sampling.draw(logits, uniforms)
-        return drawn if ids is None else ops.take_along_axis(ids, drawn[..., None], axis=-1)[..., 0]
+    def choose_at_once(self, logits: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Adjust and choose as the methods of these names do, where the adjustment does not depend on the text."""
+        if not self.compiled:
+            return self.choose(self._or_end(logits + self.bias), uniforms)
+        return self._choose_compiled(logits, self.bias, uniforms)
+
+    def _choose_compiled(self, logits, bias, uniforms):
+        from . import choice
+
+        s, vocab_size = self.settings, len(bias)
+        top_k = min(s.top_k or vocab_size, vocab_size)
+        shares = s.typical_p or 1, s.top_p or 1, s.min_p or 0
+        chosen = choice.choose(logits, bias, uniforms, self.eos, s.temperature, top_k, *shares)
+        if (chosen < 0).any():
+            raise ValueError(_NOT_NUMBERS)
+        return chosen
 
 
 def _token_id(tokenizer: Tokenizer, token: str | int) -> int:

@@ -240,6 +240,38 @@ def draw(logits, uniforms):
     return ops.argmax(ops.where(cumulative > threshold, 1, 0), axis=-1)
 
 
+def choose(logits, uniforms, temperature=None, k=None, typical_p=None, top_p=None, min_p=None):
+    """Choose a token from each row: draw from what the settings keep, one after the other in this order.
+
+    Args:
+        logits: (..., V), float.
+        uniforms: (...), float, uniform in [0, 1).
+        temperature: None takes the likeliest token.
+        k: see `top_k`; None for all tokens, like the following.
+        typical_p: see `keep_typical`.
+        top_p: see `keep_top_p`.
+        min_p: see `keep_min_p`.
+
+    Returns:
+        Ids, int (...).
+
+    Example:
+        >>> choose(np.array([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]), np.array([0.5, 0.5])).tolist()
+        [1, 0]
+    """
+    if temperature is None:
+        return library_of(logits).argmax(logits, axis=-1)
+    logits = apply_temperature(logits, temperature)
+    ids = None
+    if k is not None:
+        logits, ids = top_k(logits, k)
+    for keep, share in ((keep_typical, typical_p), (keep_top_p, top_p), (keep_min_p, min_p)):
+        if share is not None:
+            logits = keep(logits, share)
+    drawn = draw(logits, uniforms)
+    return drawn if ids is None else library_of(logits).take_along_axis(ids, drawn[..., None], axis=-1)[..., 0]
+
+
 def softmax(logits):
     """Turn logits into probabilities.
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from aigc_tf import decoding, kernels, models, sampling
+from aigc_tf import choice, decoding, kernels, matrices, models, sampling
 from aigc_tf.weights import Block, LstmWeights, TransformerWeights
 
 SETTINGS = {
@@ -18,26 +18,28 @@ SETTINGS = {
 
 
 def compose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p):
-    """Do what `kernels.choose` does by the functions of `sampling.py`; return ids, and which might have come."""
+    """Do what `choice.choose` does by the functions of `sampling.py`; return ids, and which might have come."""
     changed = sampling.apply_temperature(logits, np.float32(temperature))
     ids = np.broadcast_to(np.arange(logits.shape[1]), logits.shape)
     if top_k is not None:
         changed, ids = sampling.top_k(changed, top_k)
-    if typical_p is not None:
-        changed = sampling.keep_typical(changed, typical_p)
-    if top_p is not None:
-        changed = sampling.keep_top_p(changed, top_p)
-    if min_p is not None:
-        changed = sampling.keep_min_p(changed, min_p)
+    for keep, share in (
+        (sampling.keep_typical, typical_p),
+        (sampling.keep_top_p, top_p),
+        (sampling.keep_min_p, min_p),
+    ):
+        if share is not None:
+            changed = keep(changed, share)
     probabilities = np.zeros(logits.shape)
     np.put_along_axis(probabilities, ids, sampling.softmax(changed), axis=-1)
-    return np.take_along_axis(ids, sampling.draw(changed, uniforms)[:, None], axis=-1)[:, 0], probabilities
+    return sampling.choose(logits, uniforms, np.float32(temperature), top_k, typical_p, top_p, min_p), probabilities
 
 
 def choose(logits, uniforms, temperature=1.0, top_k=None, typical_p=None, top_p=None, min_p=None):
     shares = (np.float32(share) for share in (typical_p or 1, top_p or 1, min_p or 0))
     top_k = min(top_k or logits.shape[1], logits.shape[1])
-    return kernels.choose(logits.astype(np.float32), uniforms, np.float32(temperature), top_k, *shares)
+    bias = np.zeros(logits.shape[1], np.float32)
+    return choice.choose(logits.astype(np.float32), bias, uniforms, 0, temperature, top_k, *shares)
 
 
 def random_logits(kind, num_rows, vocab_size):
@@ -141,9 +143,10 @@ def test_at_a_temperature_near_0_the_likeliest_comes(temperature):
 import numpy as np
 from aigc_tf import Tokenizer
 from aigc_tf.sampler import Sampler, check_settings
-logits = np.random.default_rng(0).normal(size=(20, 300)).astype(np.float32)
+tokenizer = Tokenizer.train(["白日"])
+logits = np.random.default_rng(0).normal(size=(20, tokenizer.vocab_size)).astype(np.float32)
 for compiled in (False, True):
-    sampler = Sampler(Tokenizer.train(["白日"]), check_settings(temperature={temperature}), compiled)
+    sampler = Sampler(tokenizer, check_settings(temperature={temperature}), compiled)
     assert (sampler.choose(logits, np.linspace(0, 0.99, 20)) == logits.argmax(-1)).all(), compiled
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
@@ -152,13 +155,13 @@ for compiled in (False, True):
 
 def test_the_exponential_is_as_near_as_it_says():
     x = np.concatenate([np.linspace(-87, 88, 40_001), [-87, 0, 88]]).astype(np.float32)
-    y = np.array([kernels._exp(value) for value in x])
+    y = np.array([matrices.exp(value) for value in x])
     exact = np.exp(x.astype(np.float64))
     assert np.abs(y / exact - 1).max() < 4e-6
-    assert kernels._exp(np.float32(0)) == pytest.approx(1, abs=1e-6)
+    assert matrices.exp(np.float32(0)) == pytest.approx(1, abs=1e-6)
     # Beyond its range it stays at the range's ends, and so is neither 0 nor infinite.
-    assert 0 < kernels._exp(np.float32(-1e30)) < 2e-38
-    assert 1e38 < kernels._exp(np.float32(1e30)) < np.inf
+    assert 0 < matrices.exp(np.float32(-1e30)) < 2e-38
+    assert 1e38 < matrices.exp(np.float32(1e30)) < np.inf
 
 
 def transformer_weights(num_blocks, dim=8, vocab_size=41, context=6):
