@@ -1,39 +1,59 @@
 """Choice: a token chosen from logits as `sampling.py` does, compiled for the CPU by numba."""
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 
 from .matrices import compiled, exp, one_at_a_time
 
+NO_NUMBER = -2  # instead of a token, where logits are not numbers
 _f32 = np.float32
 _BLOCK = 32  # logits, of which the largest is looked at first
 _WITH_INFINITY = {"nsz", "arcp", "contract", "reassoc"}  # fastmath, but minus infinity is a logit
 
 
-def choose(logits, bias, uniforms, eos, temperature, top_k, typical_p, top_p, min_p) -> np.ndarray:
-    """Draw a token from each row (V,) as the functions of `sampling.py` do one after the other.
+class Choosing(NamedTuple):
+    """How tokens are chosen.
+
+    Attributes:
+        bias: `float32 (V,)`, added to the logits.
+        eos: the token for a row that allows none.
+        temperature: `float32`, 0 takes the likeliest token.
+        top_k: V for all tokens.
+        typical_p: `float32`, 1 for all tokens.
+        top_p: `float32`, 1 for all tokens.
+        min_p: `float32`, 0 for all tokens.
+    """
+
+    bias: np.ndarray
+    eos: int
+    temperature: np.float32
+    top_k: int
+    typical_p: np.float32
+    top_p: np.float32
+    min_p: np.float32
+
+
+def choose(logits: np.ndarray, uniforms: np.ndarray, choosing: Choosing) -> np.ndarray:
+    """Draw a token from each row as `sampling.choose` does.
 
     Args:
         logits: `float32 (R, V)`.
-        bias: `float32 (V,)`, added to each row.
         uniforms: `float64 (R,)`, uniform in [0, 1).
-        eos: the token for a row that allows none.
-        temperature: 0 takes the likeliest token.
-        top_k: V for all tokens.
-        typical_p: 1 for all tokens.
-        top_p: 1 for all tokens.
-        min_p: 0 for all tokens.
+        choosing: how.
 
     Returns:
-        Token ids, `int64 (R,)`; -1 for a row that holds what is no number.
+        Token ids, `int64 (R,)`; `NO_NUMBER` for a row that holds what is none.
     """
-    shares = _f32(typical_p), _f32(top_p), _f32(min_p)
     with one_at_a_time:
-        return _choose(logits, bias, uniforms, eos, _f32(temperature), top_k, *shares)
+        return choose_compiled(logits, uniforms, choosing)
 
 
 @compiled(parallel=True, fastmath=_WITH_INFINITY)
-def _choose(logits, bias, uniforms, eos, temperature, top_k, typical_p, top_p, min_p):
+def choose_compiled(logits, uniforms, choosing):
+    """Do what `choose` does, for compiled code."""
+    bias, eos, temperature, top_k, typical_p, top_p, min_p = choosing
     num_rows, vocab_size = logits.shape
     ids = np.empty(num_rows, np.int64)
     for row in numba.prange(num_rows):
@@ -44,7 +64,7 @@ def _choose(logits, bias, uniforms, eos, temperature, top_k, typical_p, top_p, m
             largest = max(largest, scaled[i])
             are_numbers &= scaled[i] == scaled[i]
         if not are_numbers:
-            ids[row] = -1
+            ids[row] = NO_NUMBER
         elif largest == -np.inf:
             ids[row] = eos
         elif temperature == 0:

@@ -27,11 +27,15 @@ class Decoder(NamedTuple):
             of any lengths are read in one call without padding, and later each row takes one token a call.
         copy: from `int (num_rows,)`: let row r go on from what the row named there has read.
         num_positions: how many positions a text may have; None if it may go on for ever.
+        write: where a loop of reading and choosing is compiled, from `(rows, positions, ids, uniforms, choosing)`,
+            a token of each row to read, uniforms `(R, steps)` and a `choice.Choosing`, to the tokens that follow,
+            `int64 (R, steps)`, -1 after the end of document. The last of each row is not read.
     """
 
     read: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
     copy: Callable[[np.ndarray], None]
     num_positions: int | None = None
+    write: Callable | None = None
 
 
 def decoder(model, num_rows: int, compiled: bool) -> Decoder:
@@ -51,10 +55,12 @@ def decoder(model, num_rows: int, compiled: bool) -> Decoder:
     if compiled:
         from . import kernels
 
-        read, copy = kernels.decoder(weights, num_rows)
-        return Decoder(
-            lambda rows, positions, ids: read(rows, positions, ids, _last_of_each_row(rows)), copy, _positions(weights)
-        )
+        read, copy, write = kernels.decoder(weights, num_rows)
+
+        def read_all(rows, positions, ids):
+            return read(rows, positions, ids, _last_of_each_row(rows))
+
+        return Decoder(read_all, copy, _positions(weights), write)
     make = _lstm_decoder if isinstance(weights, LstmWeights) else _transformer_decoder
     return Decoder(*make(weights, num_rows), _positions(weights))
 

@@ -1,5 +1,6 @@
 """Generation: generate(), generate_batch(), stream(): read the prompts, then choose and read a token at a time."""
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -231,29 +232,39 @@ def _write(model, sampler, begins, forcings, uniforms, log_probabilities=None) -
     return _steps(texts, sampler, forcings, uniforms, log_probabilities)
 
 
+_SECONDS_AT_A_TIME = 0.02  # that compiled code may write before the reader of a stream sees it
+
+
 def _steps(texts, sampler, forcings, uniforms, log_probabilities=None) -> Iterator[np.ndarray]:
     """Write the texts, and give the ids of each step, (rows,), the end of document for a text that has ended.
 
     Where `log_probabilities` (rows,) is given, those that the model itself gives to the tokens are added to it.
     """
-    going = np.arange(len(uniforms))
-    for step in range(uniforms.shape[1]):
-        if not len(going):
-            return
-        logits = texts.read(going)
-        if forcings or sampler.depends_on_text:
-            adjusted = sampler.adjust(logits, texts, going)
-            for i, row in enumerate(going if forcings else ()):
-                forcings[row].constrain(adjusted[i], uniforms.shape[1] - step)
-            chosen = sampler.choose(adjusted, uniforms[going, step])
-            for i, row in enumerate(going if forcings else ()):
-                forcings[row].note(int(chosen[i]))
+    going, step, at_a_time = np.arange(len(uniforms)), 0, 1
+    at_once = not forcings and not sampler.depends_on_text
+    while step < uniforms.shape[1] and len(going):
+        if at_once and log_probabilities is None and (room := texts.can_write_on(going)):
+            began = time.perf_counter()
+            ids = texts.write_on(going, uniforms[going, step : step + min(room, at_a_time)], sampler)
+            at_a_time = 2 * at_a_time if time.perf_counter() - began < _SECONDS_AT_A_TIME / 2 else (at_a_time + 1) // 2
         else:
-            chosen = sampler.choose_at_once(logits, uniforms[going, step])
-        if log_probabilities is not None:
-            log_probabilities[going] += log_softmax(logits)[np.arange(len(going)), chosen]
-        texts.write(going, chosen)
-        ids = np.full(len(uniforms), sampler.eos)
-        ids[going] = chosen
-        yield ids
-        going = going[chosen != sampler.eos]
+            logits = texts.read(going)
+            if at_once:
+                ids = sampler.choose_at_once(logits, uniforms[going, step])
+            else:
+                adjusted = sampler.adjust(logits, texts, going)
+                for i, row in enumerate(going if forcings else ()):
+                    forcings[row].constrain(adjusted[i], uniforms.shape[1] - step)
+                ids = sampler.choose(adjusted, uniforms[going, step])
+                for i, row in enumerate(going if forcings else ()):
+                    forcings[row].note(int(ids[i]))
+            if log_probabilities is not None:
+                log_probabilities[going] += log_softmax(logits)[np.arange(len(going)), ids]
+            texts.write(going, ids)
+            ids = ids[:, None]
+        for column in ids.T:
+            of_all = np.full(len(uniforms), sampler.eos)
+            of_all[going] = np.where(column >= 0, column, sampler.eos)
+            yield of_all
+        step += ids.shape[1]
+        going = going[(ids[:, -1] >= 0) & (ids[:, -1] != sampler.eos)]

@@ -7,6 +7,7 @@ import weakref
 import numba
 import numpy as np
 
+from .choice import NO_NUMBER, choose_compiled
 from .matrices import array, compiled, dot, exp, filled_up, linear, one_at_a_time, pack, round_vector
 from .weights import LstmWeights, TransformerWeights
 
@@ -22,23 +23,22 @@ class _Threads:
     result is the same to the bit.
     """
 
-    PERIOD = 256  # calls between two trials
+    PERIOD = 2.0  # seconds between two trials
 
     def __init__(self):
         self._numbers = sorted({_MAX_THREADS, *(2**i for i in range(_MAX_THREADS.bit_length()))})
-        self._calls = 0
+        self._next_trial = 0.0
 
-    def run(self, function, *args):
-        trial, again = divmod(self._calls % self.PERIOD, 2)
-        if trial < len(self._numbers):
-            if not trial and not again:
-                self._seconds = [math.inf] * len(self._numbers)
-            began = time.perf_counter()
-            result = _run(self._numbers[trial], function, *args)
-            self._seconds[trial] = min(self._seconds[trial], time.perf_counter() - began)
-        else:
-            result = _run(self._numbers[self._seconds.index(min(self._seconds))], function, *args)
-        self._calls += 1
+    def run(self, function, *args, steps=1):
+        began = time.perf_counter()
+        if began >= self._next_trial:
+            self._next_trial = began + self.PERIOD
+            self._seconds = {number: [] for number in self._numbers}  # a step, of two calls each
+        trial = next((number for number in self._numbers if len(self._seconds[number]) < 2), None)
+        if trial is None:
+            return _run(min(self._numbers, key=lambda number: min(self._seconds[number])), function, *args)
+        result = _run(trial, function, *args)
+        self._seconds[trial].append((time.perf_counter() - began) / steps)
         return result
 
 
@@ -144,6 +144,25 @@ def _read_transformer(tokens, positions_table, norms, attention, output, mlp_nor
     return linear(_norm(x[last], final_norm), head.rounded[0], head.scale[0], head.bias[0], False)
 
 
+@compiled()
+def _write_transformer(weights, cache, scales, rows, positions, ids, uniforms, choosing):
+    """Read a token of each row, choose one, read that, and so on; return those chosen, -1 where a row has ended."""
+    written = np.full(uniforms.shape, -1, np.int64)
+    going, newest = np.arange(len(rows)), ids
+    for step in range(uniforms.shape[1]):
+        logits = _read_transformer(
+            *weights, cache, scales, rows[going], positions[going] + step, newest, np.arange(len(going))
+        )
+        newest = choose_compiled(logits, uniforms[:, step][going], choosing)
+        for i in range(len(going)):
+            written[going[i], step] = newest[i]
+        left = (newest != choosing.eos) & (newest != NO_NUMBER)
+        going, newest = going[left], newest[left]
+        if len(going) == 0:
+            break
+    return written
+
+
 @compiled(fastmath=True)
 def _lstm_layer(x, rounded, scale, bias, hidden, cell, rows):
     """Take one step of a layer for the tokens x (R, inputs) of different rows; return the new hidden state (R, D)."""
@@ -171,9 +190,9 @@ _packed = weakref.WeakKeyDictionary()  # weights -> what the kernels take
 
 
 def decoder(weights: TransformerWeights | LstmWeights, num_rows: int):
-    """Make the `read` and `copy` of a `decoding.Decoder`; `read` is also told where each row's last token stands."""
+    """Make the functions of a `decoding.Decoder`, of which `read` is also told where each row's last token stands."""
     make = _lstm_decoder if isinstance(weights, LstmWeights) else _transformer_decoder
-    read, copy = make(weights, num_rows)
+    read, copy, write = make(weights, num_rows)
     threads = _Threads()
 
     def read_in_threads(rows, positions, ids, last):
@@ -181,7 +200,10 @@ def decoder(weights: TransformerWeights | LstmWeights, num_rows: int):
             return threads.run(read, rows, positions, ids, last)
         return _run(_MAX_THREADS, read, rows, positions, ids, last)  # a prompt is work enough for all
 
-    return read_in_threads, copy
+    def write_in_threads(rows, positions, ids, uniforms, choosing):
+        return threads.run(write, rows, positions, ids, uniforms, choosing, steps=uniforms.shape[1])
+
+    return read_in_threads, copy, write and write_in_threads
 
 
 def _transformer_decoder(w: TransformerWeights, num_rows: int):
@@ -213,7 +235,10 @@ def _transformer_decoder(w: TransformerWeights, num_rows: int):
         for kept in (cache, scales):
             kept[:, :, moved] = kept[:, :, parents[moved]]
 
-    return read, copy
+    def write(rows, positions, ids, uniforms, choosing):
+        return _write_transformer(packed, cache, scales, rows, positions, ids, uniforms, choosing)
+
+    return read, copy, write
 
 
 def _lstm_decoder(w: LstmWeights, num_rows: int):
@@ -243,4 +268,4 @@ def _lstm_decoder(w: LstmWeights, num_rows: int):
         for state in states:
             state[:] = state[:, parents]
 
-    return read, copy
+    return read, copy, None

@@ -5,6 +5,7 @@ Forced words stand above it (`forcing.py`): they take the place of the draw.
 """
 
 import bisect
+import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
@@ -208,7 +209,7 @@ class Sampler:
             Ids, `int64 (R,)`.
         """
         if self.compiled:
-            return self._choose_compiled(adjusted, np.zeros_like(self.bias), uniforms)
+            return self._choose_compiled(adjusted, uniforms, self.choosing._replace(bias=np.zeros_like(self.bias)))
         s = self.settings
         return sampling.choose(adjusted, uniforms, s.temperature or None, s.top_k, s.typical_p, s.top_p, s.min_p)
 
@@ -216,16 +217,29 @@ class Sampler:
         """Adjust and choose as the methods of these names do, where the adjustment does not depend on the text."""
         if not self.compiled:
             return self.choose(self._or_end(logits + self.bias), uniforms)
-        return self._choose_compiled(logits, self.bias, uniforms)
+        return self._choose_compiled(logits, uniforms, self.choosing)
 
-    def _choose_compiled(self, logits, bias, uniforms):
-        from . import choice
+    @functools.cached_property
+    def choosing(self):
+        """The adjustment and choice where it does not depend on the text, as compiled code takes it."""
+        from .choice import Choosing
 
-        s, vocab_size = self.settings, len(bias)
+        s, vocab_size = self.settings, len(self.bias)
         top_k = min(s.top_k or vocab_size, vocab_size)
         shares = s.typical_p or 1, s.top_p or 1, s.min_p or 0
-        chosen = choice.choose(logits, bias, uniforms, self.eos, s.temperature, top_k, *shares)
-        if (chosen < 0).any():
+        return Choosing(self.bias, self.eos, np.float32(s.temperature), top_k, *map(np.float32, shares))
+
+    def _choose_compiled(self, logits, uniforms, choosing):
+        from .choice import choose
+
+        return self.check_numbers(choose(logits, uniforms, choosing))
+
+    @staticmethod
+    def check_numbers(chosen: np.ndarray) -> np.ndarray:
+        """Return what compiled code chose; refuse logits that were not numbers."""
+        from .choice import NO_NUMBER
+
+        if (chosen == NO_NUMBER).any():
             raise ValueError(_NOT_NUMBERS)
         return chosen
 

@@ -43,6 +43,23 @@ class Texts:
         self._read[rows] = self.now
         return self._decoder.read(tokens, columns - self._start[tokens], self.ids[tokens, columns].astype(np.int64))
 
+    def can_write_on(self, rows: np.ndarray) -> int:
+        """Return how many tokens `write_on` can write to some rows: 0 where it cannot."""
+        if self._decoder.write is None or (self.now - self._read[rows] != 1).any():
+            return 0
+        return max(0, self._decoder.num_positions + 1 - int((self.now - self._start[rows]).max()))
+
+    def write_on(self, rows: np.ndarray, uniforms: np.ndarray, sampler) -> np.ndarray:
+        """Read and write in compiled code, one step for each column of uniforms; return ids as `Decoder.write` does."""
+        newest = self.ids[rows, self.now - 1].astype(np.int64)
+        positions = self.now - 1 - self._start[rows]
+        ids = sampler.check_numbers(self._decoder.write(rows, positions, newest, uniforms, sampler.choosing))
+        ids = ids[:, (ids >= 0).any(0)]
+        self.ids[rows, self.now : self.now + ids.shape[1]] = ids
+        self.now += ids.shape[1]
+        self._read[rows] = self.now - 1
+        return ids
+
     def write(self, rows: np.ndarray, ids: np.ndarray) -> None:
         """Add a token to some rows; the others have ended."""
         self.ids[rows, self.now] = ids

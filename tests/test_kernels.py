@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from aigc_tf import choice, decoding, kernels, matrices, models, sampling
+from aigc_tf import choice, decoding, kernels, models, sampling
 from aigc_tf.weights import Block, LstmWeights, TransformerWeights
 
 SETTINGS = {
@@ -39,7 +39,8 @@ def choose(logits, uniforms, temperature=1.0, top_k=None, typical_p=None, top_p=
     shares = (np.float32(share) for share in (typical_p or 1, top_p or 1, min_p or 0))
     top_k = min(top_k or logits.shape[1], logits.shape[1])
     bias = np.zeros(logits.shape[1], np.float32)
-    return choice.choose(logits.astype(np.float32), bias, uniforms, 0, temperature, top_k, *shares)
+    choosing = choice.Choosing(bias, 0, np.float32(temperature), top_k, *shares)
+    return choice.choose(logits.astype(np.float32), uniforms, choosing)
 
 
 def random_logits(kind, num_rows, vocab_size):
@@ -153,15 +154,27 @@ for compiled in (False, True):
     assert done.returncode == 0, done.stderr[-500:]
 
 
-def test_the_exponential_is_as_near_as_it_says():
-    x = np.concatenate([np.linspace(-87, 88, 40_001), [-87, 0, 88]]).astype(np.float32)
-    y = np.array([matrices.exp(value) for value in x])
-    exact = np.exp(x.astype(np.float64))
-    assert np.abs(y / exact - 1).max() < 4e-6
-    assert matrices.exp(np.float32(0)) == pytest.approx(1, abs=1e-6)
-    # Beyond its range it stays at the range's ends, and so is neither 0 nor infinite.
-    assert 0 < matrices.exp(np.float32(-1e30)) < 2e-38
-    assert 1e38 < matrices.exp(np.float32(1e30)) < np.inf
+def test_the_top_k_may_lie_in_a_single_block_or_hardly_exist():
+    for possible in ([*range(40, 50)], [5], [*range(0, 600, 7)], [*range(600)]):
+        logits = np.full((64, 600), -np.inf, np.float32)
+        logits[:, possible] = np.random.default_rng(0).normal(size=len(possible))
+        for top_k in (1, 3, 10, 18, 19, 599):
+            kept = {possible[i] for i in np.argsort(-logits[0, possible])[:top_k]}
+            ids = choose(logits, (np.arange(64) + 0.5) / 64, temperature=1e3, top_k=top_k)
+            assert set(ids.tolist()) <= kept, (possible, top_k)
+            assert len(kept) > 60 or set(ids.tolist()) == kept
+
+
+def test_bias_the_end_and_what_is_no_number():
+    logits = np.zeros((4, 300), np.float32)
+    logits[0, 7] = 9
+    logits[1] = -np.inf
+    logits[2, 200] = np.nan
+    bias = np.zeros(300, np.float32)
+    bias[7], bias[8] = -np.inf, 30
+    for temperature in (0, 1):
+        choosing = choice.Choosing(bias, 2, np.float32(temperature), 300, *map(np.float32, (1, 1, 0)))
+        assert choice.choose(logits, np.full(4, 0.5), choosing).tolist() == [8, 2, choice.NO_NUMBER, 8]
 
 
 def transformer_weights(num_blocks, dim=8, vocab_size=41, context=6):
