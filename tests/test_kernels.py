@@ -248,6 +248,28 @@ def test_models_of_any_depth_and_origin_run_the_same_compiled_code():
     assert len(kernels._read_transformer.signatures) == len(kernels._lstm_layer.signatures) == 1
 
 
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_written_on_is_read_and_chosen_step_by_step(num_rows):
+    weights = transformer_weights(2, context=12)
+    shares = (np.float32(share) for share in (1, 0.9, 0))
+    bias = np.zeros(41, np.float32)
+    bias[3] = 12  # the end
+    choosing = choice.Choosing(bias, 3, np.float32(3), 30, *shares)
+    rows, ids = np.arange(num_rows), np.random.default_rng(1).integers(4, 41, num_rows)
+    uniforms = np.random.default_rng(3).random((num_rows, 11))
+    at_once, step_by_step = (decoding.decoder(weights, num_rows, compiled=True) for _ in range(2))
+    written = at_once.write(rows, np.zeros(num_rows, np.int64), ids, uniforms, choosing)
+    for step in range(11):
+        expected = np.full(num_rows, -1)
+        if len(rows):
+            logits = step_by_step.read(rows, np.full(len(rows), step), ids)
+            ids = expected[rows] = choice.choose(logits, uniforms[rows, step], choosing)
+        assert written[:, step].tolist() == expected.tolist()
+        rows, ids = rows[ids != 3], ids[ids != 3]
+    lengths = (written >= 0).sum(1)
+    assert num_rows == 1 or len(set(lengths)) > 1  # some end before others
+
+
 COLD = """
 import sys
 import numpy as np
