@@ -7,7 +7,8 @@
 Each writes 200 new tokens after a prompt of 16, one row or 16 rows at once, with top-k 50 at temperature 1. The models
 have the shape of GPT-2 (learned positions, biases, GELU by tanh, the token embedding as head), a vocabulary of 8,192,
 and random weights, wide enough that two thirds of a text's tokens are different ones. All compute in float32; but with
-numba ours keeps matrices in 16 bits, as llama.cpp does from its f16 file, and llama.cpp keys and values in either case.
+numba ours keeps and multiplies matrices in 16 bits, as llama.cpp keeps them from its f16 file, and keys and values in
+either case.
 keras-hub is compiled by XLA, and llama.cpp reads the newest tokens of all rows in one call: both are fastest that way.
 
 No text ends early: the peers know no end of text here, ours bans it, and a child that counts other than the tokens
