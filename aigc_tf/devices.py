@@ -31,12 +31,19 @@ def hidden_native_stderr() -> Iterator[None]:
             os.close(original)
 
 
+# What `fused` lets XLA do on a CPU: fuse elementwise operations and sums, and leave products to oneDNN, which is faster
+# at them. TensorFlow reads it once, when it is loaded; by itself it changes nothing.
+_FUSION = "--tf_xla_cpu_global_jit --tf_xla_ops_to_cluster=FUSIBLE --tf_xla_max_cluster_size=60"
+
+
 def _load_backend():
     """Import Keras and TensorFlow without TensorFlow's start-up lines.
 
     TensorFlow writes some of them whatever TF_CPP_MIN_LOG_LEVEL says. A user who sets it to 0 wants to see
     everything, and does.
     """
+    if "tensorflow" not in sys.modules:
+        os.environ.setdefault("TF_XLA_FLAGS", _FUSION)
     quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"
     with hidden_native_stderr() if quiet else contextlib.nullcontext():
         import keras
@@ -97,6 +104,24 @@ def compiled(function, *static):
     function = tf.function(function, jit_compile=True, autograph=False)
     function._omit_frequent_tracing_warning = True  # there are many kinds, each traced once
     return function
+
+
+@contextlib.contextmanager
+def fused() -> Iterator[bool]:
+    """Let XLA fuse the elementwise operations of graphs that TensorFlow makes meanwhile on a CPU; tell whether it does.
+
+    A graph of a training takes 5 to 15 seconds more to compile, and is faster by a tenth to a half afterwards.
+    """
+    on_cpu = keras.backend.backend() == "tensorflow" and not uses_accelerator()
+    if not on_cpu or os.environ.get("TF_XLA_FLAGS") != _FUSION:
+        yield False
+        return
+    before = tf.config.optimizer.get_jit()
+    tf.config.optimizer.set_jit("autoclustering")
+    try:
+        yield True
+    finally:
+        tf.config.optimizer.set_jit(before == "autoclustering")
 
 
 @contextlib.contextmanager

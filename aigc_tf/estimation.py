@@ -6,17 +6,16 @@ import time
 
 import numpy as np
 
-from .devices import freed_graphs, keras, tf
+from .devices import keras, tf
 from .hardware import available_bytes, gpu_watts, process_bytes, processor_joules
 from .models import build
 from .sizes import at_least_1, dimensions
-from .training import compile_model
+from .training import compile_model, fast_training
 
 _WARMUP_STEPS = 3  # the first compiles, the next two still warm up
 # What TensorFlow takes beside the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:
 # once, and for each layer.
 _GRAPH_BYTES = {"transformer": (80e6, 50e6), "lstm": (46e6, 23e6)}
-_UNROLLED_STEPS = 32  # at most so many steps of a loop over time are in hand at once
 
 
 def estimate(
@@ -112,7 +111,7 @@ def estimate(
     figures["available_memory_bytes"] = available_bytes()
     if seconds and _fits(figures):
         built = build(model, vocab_size, context, size, **replaced, dropout=dropout, precision=precision)
-        step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, seconds)
+        step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, steps, seconds)
         del built
         figures["step_seconds"] = step_seconds
         figures["tokens_per_second"] = batch_size * context / step_seconds
@@ -220,13 +219,11 @@ def _count_lstm(vocab, context, batch, bytes_per_float, num_layers, hidden_dim, 
     parameters = v * e + sum(4 * d * (w + d + 1) for w in widths_in) + (project + e if project else 0)
     flops = sum(8 * d * (w + d) for w in widths_in) + 2 * project + 2 * v * e
     logits = batch * t * v * _logit_bytes(f)
-    activations = batch * t * f * sum(7 * d + 2.25 * w for w in widths_in) + logits
-    # The loop over time goes back over several steps at once, each with gradients of its own for the kernels; the
-    # logits are gone by then. In mixed precision each step forward keeps its casts of the kernels.
-    kernels = [4 * d * (w + d) for w in widths_in]
-    temporaries = max(0, 4 * max(kernels) * min(t, _UNROLLED_STEPS) - logits)
-    if f < 4:
-        temporaries += t * f * sum(kernels)
+    # Gates, hidden states and float32 cell states of each step, and the inputs before and after dropout.
+    activations = batch * t * sum(5 * d * f + 4 * d + 2.25 * w * f for w in widths_in) + logits
+    # The gradients of a layer's gates, step by step and as a whole; the logits are gone by then. Of each matrix copies
+    # while its gradient is clipped and applied.
+    temporaries = max(0, batch * t * 8 * d * f - logits) + 4 * parameters
     return parameters, flops, activations, temporaries, 2 * num_layers * d * f
 
 
@@ -239,13 +236,15 @@ def _fits(figures: dict[str, float]) -> bool:
     return figures["peak_memory_bytes"] - figures["runtime_bytes"] <= figures["available_memory_bytes"]
 
 
-def _measure(model, vocab_size: int, context: int, batch_size: int, seconds: float) -> tuple[float, float | None]:
+def _measure(
+    model, vocab_size: int, context: int, batch_size: int, steps: int, seconds: float
+) -> tuple[float, float | None]:
     """Run training steps on random ids: their median time, and the power read meanwhile."""
     ids = np.random.default_rng(0).integers(0, vocab_size, (batch_size, context + 1), dtype=np.int32)
     data = tf.data.Dataset.from_tensors((ids[:, :-1], ids[:, 1:])).repeat()
     compile_model(model, steps=1_000_000)
     timer = _Timer(seconds)
-    with freed_graphs():
+    with fast_training(model, steps * batch_size * context):
         model.fit(data, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
     return statistics.median(timer.step_seconds), timer.watts
 

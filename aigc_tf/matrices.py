@@ -1,9 +1,10 @@
 """Matrices: products with a model's matrices in whole numbers, compiled for the CPU by numba.
 
 A matrix is kept as `int16` with a float32 scale for each output, and so is what it is multiplied with, with a scale
-for each token. Both are scaled to a Euclidean norm of 32,767. So by the inequality of Cauchy and Schwarz no sum of
-products leaves 32 bits, and a weight is rounded by at most 1/65,534 of the norm of its row. Processors multiply and
-add such numbers in pairs, twice as many at a time as floats, and read half as much.
+for each token. Both are scaled to a Euclidean norm of 46,000, or less where a number would leave 16 bits. So by the
+inequality of Cauchy and Schwarz no sum of products leaves 32 bits (with what rounding adds to the norms), and a weight
+is rounded by a hundred-thousandth of the norm of its row. Processors multiply and add such numbers in pairs, twice as
+many at a time as floats, and read half as much.
 """
 
 import threading
@@ -21,7 +22,7 @@ one_at_a_time = threading.Lock()
 _f32 = np.float32
 _WIDTH = 64  # rows are filled up with zeros to a multiple of so many numbers
 _OUTPUTS = 32  # of a matrix that a thread computes at a time
-_NORM = 2**15 - 1
+_NORM, _LARGEST = 46_000, 2**15 - 1
 
 
 def compiled(**options):
@@ -62,7 +63,8 @@ def pack(*matrices_and_biases: tuple[np.ndarray, np.ndarray]) -> Matrix:
     """Pack matrices (inputs, outputs) of one shape with their biases into a stack."""
     matrices, biases = (np.stack(arrays) for arrays in zip(*matrices_and_biases, strict=True))
     num_matrices, num_inputs, num_outputs = matrices.shape
-    scale = (np.linalg.norm(matrices, axis=1) + np.finfo(_f32).tiny) / _f32(_NORM)
+    sizes = np.linalg.norm(matrices, axis=1) / _f32(_NORM), np.abs(matrices).max(1) / _f32(_LARGEST)
+    scale = np.maximum(*sizes) + np.finfo(_f32).tiny
     rounded = _zeros((num_matrices, num_outputs, filled_up(num_inputs)))
     with np.errstate(invalid="ignore"):  # where a weight is no number the scale is none, and tells
         rounded[..., :num_inputs] = np.rint(matrices.transpose(0, 2, 1) / scale[..., None])
@@ -144,10 +146,11 @@ _four_times_two = _sums_of_products(4, 2, lanes=16)  # eight sums, and what they
 @compiled(fastmath=True)
 def round_vector(vector, rounded):
     """Put a vector of floats into one of `int16`, which is as long or longer, and return its scale."""
-    square = _f32(0)
+    square = largest = _f32(0)
     for d in range(len(vector)):
         square += vector[d] * vector[d]
-    scale = (np.sqrt(square) + _f32(1e-30)) / _f32(_NORM)
+        largest = max(largest, abs(vector[d]))
+    scale = max(np.sqrt(square) / _f32(_NORM), largest / _f32(_LARGEST)) + _f32(1e-30)
     factor = _f32(1) / scale
     for d in range(len(vector)):
         rounded[d] = np.int16(np.rint(vector[d] * factor))

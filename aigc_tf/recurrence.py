@@ -1,0 +1,143 @@
+"""Recurrence: the loop of an LSTM layer for training on a CPU, where Keras' own takes twice as long.
+
+Keras multiplies with both matrices in each step, and on the way back adds up the gradients of both in each step. Here
+the loop holds what depends on the step before, and each of the other products is one, over all steps.
+"""
+
+import contextlib
+import types
+from collections.abc import Iterator
+
+from .devices import keras, tf, uses_accelerator
+
+
+@contextlib.contextmanager
+def fast_recurrence(model: keras.Model) -> Iterator[bool]:
+    """Let the LSTM layers of a model run through this loop meanwhile, where it serves; tell whether any do.
+
+    It serves TensorFlow on a CPU, and layers that differ from Keras' default in their width and what they return alone.
+    """
+    layers = []
+    if keras.backend.backend() == "tensorflow" and not uses_accelerator():
+        layers = [layer for layer in model.layers if type(layer) is keras.layers.LSTM and _serves(layer)]
+    for layer in layers:
+        layer.inner_loop = types.MethodType(_inner_loop, layer)
+    try:
+        yield bool(layers)
+    finally:
+        for layer in layers:
+            del layer.inner_loop
+
+
+def _serves(layer: keras.layers.LSTM) -> bool:
+    plain = {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": True}
+    plain |= dict.fromkeys(("dropout", "recurrent_dropout"), 0.0)
+    plain |= dict.fromkeys(("go_backwards", "stateful", "unroll"), False)
+    settings = layer.get_config()
+    return all(settings.get(name, value) == value for name, value in plain.items())
+
+
+def _inner_loop(layer, sequences, initial_state, mask, training=False):
+    if any(m is not None for m in tf.nest.flatten([mask])):
+        return keras.layers.LSTM.inner_loop(layer, sequences, initial_state, mask, training)
+    cell = layer.cell
+    dtype = layer.compute_dtype
+    weights = (tf.cast(tf.convert_to_tensor(w), dtype) for w in (cell.kernel, cell.recurrent_kernel, cell.bias))
+    hidden, last_hidden, last_cell = lstm_sequence(tf.cast(sequences, dtype), *initial_state, *weights)
+    return last_hidden, hidden if layer.return_sequences else last_hidden[:, None], [last_hidden, last_cell]
+
+
+@tf.custom_gradient
+def lstm_sequence(x, hidden, cell, kernel, recurrent_kernel, bias):
+    """Run an LSTM layer over sequences.
+
+    Args:
+        x: (B, T, I).
+        hidden: the state before the first step, (B, D).
+        cell: likewise, (B, D).
+        kernel: (I, 4 D): input gate, forget gate, candidate, output gate.
+        recurrent_kernel: (D, 4 D).
+        bias: (4 D,).
+
+    Returns:
+        The hidden states (B, T, D), and the last hidden state and the last cell state (B, D).
+
+    Source:
+        S. Hochreiter and J. Schmidhuber, "Long short-term memory", Neural Computation 9 (1997).
+    """
+    dtype, steps = x.dtype, tf.shape(x)[1]
+    x = tf.transpose(x, (1, 0, 2))
+    before = _of_all_steps(x, kernel) + bias
+    first_hidden, first_cell = hidden, tf.cast(cell, tf.float32)
+    shapes = [(hidden.shape[0], width * hidden.shape[1]) for width in (4, 1, 1)]
+    kept = [_array(t, steps, shape) for t, shape in zip((dtype, tf.float32, dtype), shapes, strict=True)]
+
+    def step(t, hidden, cell, *kept):
+        gates, cell, hidden = _step(before[t], tf.matmul(hidden, recurrent_kernel), cell)
+        return t + 1, hidden, cell, *(a.write(t, value) for a, value in zip(kept, (gates, cell, hidden), strict=True))
+
+    _, last_hidden, last_cell, *kept = _loop(step, steps, (first_hidden, first_cell, *kept))
+    gates, cells, hiddens = (array.stack() for array in kept)
+
+    def gradient(d_hiddens, d_last_hidden, d_last_cell):
+        d_hiddens = tf.transpose(d_hiddens, (1, 0, 2))
+        cells_before = tf.concat([first_cell[None], cells[:-1]], axis=0)
+        hiddens_before = tf.concat([first_hidden[None], hiddens[:-1]], axis=0)
+        d_gates = _array(dtype, steps, shapes[0])
+
+        def step_back(i, d_hidden, d_cell, d_gates):
+            t = steps - 1 - i
+            d_hidden += d_hiddens[t]
+            d_gate, d_cell = _step_back(gates[t], cells[t], cells_before[t], d_hidden, d_cell)
+            return i + 1, tf.matmul(d_gate, recurrent_kernel, transpose_b=True), d_cell, d_gates.write(t, d_gate)
+
+        d_last_cell = tf.cast(d_last_cell, tf.float32)
+        _, d_hidden, d_cell, d_gates = _loop(step_back, steps, (d_last_hidden, d_last_cell, d_gates))
+        d_gates = d_gates.stack()
+        flat = tf.reshape(d_gates, (-1, d_gates.shape[2]))
+        return (
+            tf.transpose(_of_all_steps(d_gates, tf.transpose(kernel)), (1, 0, 2)),
+            d_hidden,
+            tf.cast(d_cell, dtype),
+            *(tf.matmul(tf.reshape(y, (-1, y.shape[2])), flat, transpose_a=True) for y in (x, hiddens_before)),
+            tf.cast(tf.reduce_sum(tf.cast(flat, tf.float32), axis=0), dtype),
+        )
+
+    return (tf.transpose(hiddens, (1, 0, 2)), last_hidden, tf.cast(last_cell, dtype)), gradient
+
+
+def _of_all_steps(x, matrix):
+    shape = tf.shape(x)
+    return tf.reshape(tf.matmul(tf.reshape(x, (-1, x.shape[2])), matrix), (shape[0], shape[1], matrix.shape[1]))
+
+
+def _array(dtype, steps, shape):
+    return tf.TensorArray(dtype, size=steps, element_shape=shape)
+
+
+def _loop(step, steps, state):
+    return tf.while_loop(lambda t, *_: t < steps, step, (tf.constant(0), *state), maximum_iterations=steps)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _step(x, y, cell):
+    """Return the gates (B, 4 D), the cell state in float32 and the hidden state from both products."""
+    put, forget, candidate, out = tf.split(tf.cast(x, tf.float32) + tf.cast(y, tf.float32), 4, axis=1)
+    put, forget, out = tf.sigmoid(put), tf.sigmoid(forget), tf.sigmoid(out)
+    candidate = tf.tanh(candidate)
+    cell = forget * cell + put * candidate
+    gates = tf.concat([put, forget, candidate, out], axis=1)
+    return tf.cast(gates, x.dtype), cell, tf.cast(out * tf.tanh(cell), x.dtype)
+
+
+@tf.function(jit_compile=True, autograph=False)
+def _step_back(gates, cell, cell_before, d_hidden, d_cell):
+    """Return the gradients of the sums that the gates are made of, (B, 4 D), and of the cell state before."""
+    put, forget, candidate, out = tf.split(tf.cast(gates, tf.float32), 4, axis=1)
+    d_hidden, squashed = tf.cast(d_hidden, tf.float32), tf.tanh(cell)
+    d_cell += d_hidden * out * (1 - squashed**2)
+    d_put = d_cell * candidate * put * (1 - put)
+    d_forget = d_cell * cell_before * forget * (1 - forget)
+    d_candidate = d_cell * put * (1 - candidate**2)
+    d_out = d_hidden * squashed * out * (1 - out)
+    return tf.cast(tf.concat([d_put, d_forget, d_candidate, d_out], axis=1), gates.dtype), d_cell * forget
