@@ -110,9 +110,8 @@ def fast_training(model: keras.Model, num_tokens: float) -> Iterator[list[str]]:
         fast_recurrence(model) as is_faster,
         fused() if is_worth_fusing else contextlib.nullcontext() as is_fused,
     ):
-        yield ["LSTM layers in a loop of our own"] * is_faster + ["elementwise operations fused by XLA"] * bool(
-            is_fused
-        )
+        methods = {"LSTM layers in a loop of our own": is_faster, "elementwise operations fused by XLA": is_fused}
+        yield [words for words, is_used in methods.items() if is_used]
 
 
 def compile_model(
