@@ -7,10 +7,11 @@ import time
 import numpy as np
 
 from .devices import keras, tf
+from .fast_training import fast_training
 from .hardware import available_bytes, gpu_watts, process_bytes, processor_joules
 from .models import build
 from .sizes import at_least_1, dimensions
-from .training import compile_model, fast_training
+from .training import compile_model
 
 _WARMUP_STEPS = 3  # the first compiles, the next two still warm up
 # What TensorFlow takes beside the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:

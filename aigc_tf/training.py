@@ -6,12 +6,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from .devices import freed_graphs, fused, keras, tf
+from .devices import keras, tf
 from .evaluation import evaluate_scorer, scorer
-from .recurrence import fast_recurrence
+from .fast_training import fast_training
 from .tokenizer import Tokenizer, check_vocabulary
 
 
@@ -87,31 +86,6 @@ def train(
             verbose=0,
         )
     return validation.history
-
-
-# 2 or 3 minutes of a CPU, in which it makes up for the time that it takes to compile.
-_OPERATIONS_WORTH_FUSING = 3e13
-
-
-@contextlib.contextmanager
-def fast_training(model: keras.Model, num_tokens: float) -> Iterator[list[str]]:
-    """Train as fast as is known for this device, as long as this is open.
-
-    Args:
-        model: the model; what it computes is the same but for rounding.
-        num_tokens: how many it shall learn from.
-
-    Returns:
-        In words, what is done for it; nothing where Keras alone does as well.
-    """
-    is_worth_fusing = 6 * model.count_params() * num_tokens > _OPERATIONS_WORTH_FUSING
-    with (
-        freed_graphs(),
-        fast_recurrence(model) as is_faster,
-        fused() if is_worth_fusing else contextlib.nullcontext() as is_fused,
-    ):
-        methods = {"LSTM layers in a loop of our own": is_faster, "elementwise operations fused by XLA": is_fused}
-        yield [words for words, is_used in methods.items() if is_used]
 
 
 def compile_model(

@@ -201,10 +201,10 @@ def keras_step(model, size: dict):
 
 def ours(model, size: dict):
     """Return a function that takes a step as `aigc_tf.train` does."""
-    from aigc_tf import training
+    from aigc_tf import fast_training, training
 
     training.compile_model(model, 1000, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM)
-    KEPT_OPEN.enter_context(training.fast_training(model, num_tokens=1e12))
+    KEPT_OPEN.enter_context(fast_training.fast_training(model, num_tokens=1e12))
     return keras_step(model, size)
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from aigc_tf import models
 from aigc_tf.devices import fused, keras, tf
+from aigc_tf.fast_training import fast_training
 from aigc_tf.recurrence import fast_recurrence
-from aigc_tf.training import fast_training
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="other backends have other loops")
 

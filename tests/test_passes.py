@@ -1,0 +1,139 @@
+import math
+
+import numpy as np
+import pytest
+
+from aigc_tf.devices import tf
+
+passes = pytest.importorskip("aigc_tf.passes", reason="numba is not installed")
+BFLOAT16 = tf.bfloat16.as_numpy_dtype
+# Odd widths, and arrays of more and of less than one thread's work.
+SHAPES = [(3, 7), (5, 1), (700, 131), (2, 70_001)]
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(np.float32, 2e-5), (BFLOAT16, 2**-8)], ids=["float32", "bfloat16"]
+)
+
+
+def normal(shape, dtype=np.float32, scale=1.0, seed=0):
+    return (scale * np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+
+
+def as_float64(x):
+    return np.asarray(x, np.float64)
+
+
+def assert_close(got, expected, tolerance):
+    assert np.abs(as_float64(got) - expected).max() <= tolerance * (max(np.abs(expected).max(), 1e-3))
+
+
+def slope(function, x, step=1e-6):
+    """Differentiate a sum of what a function of float64 gives for each number by itself."""
+    return (function(x + step) - function(x - step)) / (2 * step)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_cross_entropy(shape, dtype, tolerance, num_threads):
+    logits = normal(shape, dtype, scale=4.0)
+    targets = np.random.default_rng(1).integers(0, shape[1], shape[0]).astype(np.int32)
+    nats, gradient = passes.cross_entropy(logits, targets, num_threads)
+    x = as_float64(logits)
+    log_odds = x - x.max(1, keepdims=True)
+    log_p = log_odds - np.log(np.exp(log_odds).sum(1, keepdims=True))
+    rows = np.arange(shape[0])
+    np.testing.assert_allclose(nats, -log_p[rows, targets], rtol=1e-5, atol=1e-5)
+    expected = np.exp(log_p)
+    expected[rows, targets] -= 1
+    assert gradient.dtype == dtype
+    assert_close(gradient, expected / shape[0], tolerance)
+
+
+def test_cross_entropy_of_far_logits_is_finite_and_of_no_number_is_none():
+    nats, gradient = passes.cross_entropy(np.array([[500.0, -500.0]], np.float32), np.array([1], np.int32), 1)
+    assert nats[0] == pytest.approx(1000.0)
+    assert gradient.tolist() == [[1.0, -1.0]]
+    nats, _ = passes.cross_entropy(np.array([[np.nan, 1.0]], np.float32), np.array([1], np.int32), 1)
+    assert math.isnan(nats[0])
+
+
+@PRECISIONS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu(shape, dtype, tolerance):
+    def reference(x):
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    x, d_y = normal(shape, dtype, 3.0), normal(shape, dtype, seed=1)
+    assert_close(passes.gelu(x, 2), reference(as_float64(x)), tolerance)
+    assert_close(passes.gelu_gradient(x, d_y, 2), as_float64(d_y) * slope(reference, as_float64(x)), tolerance)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("shape", [(3, 7), (2, 400, 131), (1, 70_001)])
+def test_layer_norm(shape, dtype, tolerance):
+    x, d_y = normal(shape, dtype, 2.0) + dtype(3), normal(shape, dtype, seed=1)
+    gamma, beta = normal(shape[-1], seed=2), normal(shape[-1], seed=3)
+    v = tf.constant(as_float64(x)), tf.constant(as_float64(gamma)), tf.constant(as_float64(beta))
+    with tf.GradientTape() as tape:
+        tape.watch(v)
+        mean, variance = tf.nn.moments(v[0], [-1], keepdims=True)
+        y = (v[0] - mean) / tf.sqrt(variance + 1e-5) * v[1] + v[2]
+    assert_close(passes.layer_norm(x, gamma, beta, 1e-5, 2), y.numpy(), tolerance)
+    got = passes.layer_norm_gradient(x, gamma, d_y, 1e-5, 2)
+    for one, expected in zip(got, tape.gradient(y, v, tf.constant(as_float64(d_y))), strict=True):
+        assert_close(one, expected.numpy(), tolerance)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("shape", [(2, 3, 5, 5), (40, 64, 64), (1, 1, 1)])
+def test_causal_softmax(shape, dtype, tolerance):
+    scores, d_p = normal(shape, dtype, 3.0), normal(shape, dtype, seed=1)
+    v = tf.constant(as_float64(scores))
+    with tf.GradientTape() as tape:
+        tape.watch(v)
+        later = np.triu(np.full(shape[-2:], -1e30), 1)
+        p = tf.nn.softmax(0.3 * v + later)
+    got = passes.causal_softmax(scores, 0.3, 2)
+    assert_close(got, p.numpy(), tolerance)
+    assert not np.triu(as_float64(got), 1).any()
+    got = passes.causal_softmax_gradient(p.numpy().astype(dtype), d_p, 0.3, 2)
+    assert_close(got, tape.gradient(p, v, tf.constant(as_float64(d_p))).numpy(), 2 * tolerance)
+
+
+def test_results_keep_their_memory_and_memory_is_used_again():
+    x = normal((100, 100))
+    first = passes.gelu(x, 1)
+    copy = first.copy()
+    second = passes.gelu(-x, 1)
+    assert (first == copy).all()
+    address = second.ctypes.data
+    assert address % 64 == 0
+    del second
+    assert passes.gelu(x, 1).ctypes.data == address
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e9, 0.5])
+def test_adamw(clip_norm):
+    shapes = [(3,), (4, 5), (600, 1000), ()]
+    weights, gradients, momenta = ([normal(s, seed=i).reshape(s) for s in shapes] for i in range(3))
+    velocities = [normal(s, seed=3).reshape(s) ** 2 for s in shapes]
+    decays = [0.0, 0.1, 0.1, 0.0]
+    settings = {"rate": 0.01, "step": 3, "beta_1": 0.9, "beta_2": 0.95, "epsilon": 1e-7, "clip_norm": clip_norm}
+    got = passes.adamw(weights, gradients, momenta, velocities, decays, **settings, num_threads=2)
+    norm = math.sqrt(sum((as_float64(g) ** 2).sum() for g in gradients))
+    scale = 1.0 if clip_norm is None else min(1.0, clip_norm / norm)
+    for i in range(len(shapes)):
+        w, g, m, v = (as_float64(a[i]) for a in (weights, gradients, momenta, velocities))
+        g = g * scale
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
+        rate = 0.01 * math.sqrt(1 - 0.95**3) / (1 - 0.9**3)
+        w = w - 0.01 * decays[i] * w - rate * m / (np.sqrt(v) + 1e-7)
+        for one, expected in zip(got[i :: len(shapes)], (w, m, v), strict=True):
+            np.testing.assert_allclose(one, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_is_spoilt_by_gradients_that_are_no_numbers():
+    arrays = [[np.ones(3, np.float32)], [np.array([1, np.inf, 1], np.float32)], *([[np.ones(3, np.float32)]] * 2)]
+    settings = {"rate": 0.01, "step": 1, "beta_1": 0.9, "beta_2": 0.95, "epsilon": 1e-7}
+    weights, *_ = passes.adamw(*arrays, [0.0], **settings, clip_norm=1.0, num_threads=1)
+    assert np.isnan(weights).all()
