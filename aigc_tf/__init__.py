@@ -21,6 +21,7 @@ _PUBLIC = {
     "tokenizer": ("Tokenizer",),
     "dataset": ("make_dataset", "make_store", "open_store"),
     "models": ("lstm", "transformer"),
+    "initialisation": ("initialise",),
     "ngram": ("kneser_ney",),
     "evaluation": ("baselines", "evaluate"),
     "training": ("train",),

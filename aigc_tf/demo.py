@@ -9,6 +9,7 @@ from .devices import keras
 from .evaluation import baselines, evaluate
 from .files import shipped_file
 from .generation import generate_batch
+from .initialisation import initialise
 from .models import lstm, transformer
 from .saving import documents_sha256, save
 from .text import load_documents, split
@@ -70,7 +71,7 @@ def run_demo(
     for name, plan in MODELS.items():
         steps = max(1, round(plan["steps"] * steps_fraction))
         settings = {"steps": steps, "learning_rate": plan["learning_rate"], "batch_size": BATCH_SIZE, "seed": seed}
-        model = plan["build"](tokenizer.vocab_size, CONTEXT, seed=seed)
+        model = initialise(plan["build"](tokenizer.vocab_size, CONTEXT, seed=seed), tokenizer, train_poems, seed)
         show(f"\n{name}: {model.count_params():,} parameters, {steps} steps of {BATCH_SIZE} x {CONTEXT} tokens")
         train(
             model,

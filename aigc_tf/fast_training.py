@@ -33,7 +33,7 @@ def fast_training(model: keras.Model, num_tokens: float) -> Iterator[list[str]]:
     ):
         methods = {
             "LSTM layers in a loop of our own": has_own_loop,
-            "norms, GELU, attention, loss and AdamW in one pass each, compiled by numba": has_passes,
+            "elementwise operations in passes compiled by numba": has_passes,
             "elementwise operations fused by XLA": is_fused,
         }
         yield [words for words, is_used in methods.items() if is_used]
@@ -108,8 +108,10 @@ def _is_plain_adamw(optimizer) -> bool:
 
 
 def _num_threads() -> int:
+    """Return how many threads TensorFlow gives an operation."""
     chosen = tf.config.threading.get_intra_op_parallelism_threads() or int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0))
-    return chosen or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return chosen or len(cores)
 
 
 def _pass(name: str, inputs: list, like: list, *settings) -> list:

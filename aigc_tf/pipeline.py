@@ -7,6 +7,7 @@ from .dataset import make_dataset, make_store
 from .estimation import memory_warning
 from .evaluation import baselines, evaluate
 from .generation import generate
+from .initialisation import initialise
 from .models import build
 from .saving import documents_sha256, save
 from .segmentation import as_user_dict, remove_stopwords
@@ -46,7 +47,7 @@ def run_pipeline(
 
     `aigc-tf train` is this function, and `tune` calls it for each trial. Whoever wants to change a step
     calls the functions it is made of instead: `split`, `Tokenizer.train`, `make_dataset`, `transformer` or
-    `lstm`, `train`, `evaluate`, `generate`, `save`.
+    `lstm`, `initialise`, `train`, `evaluate`, `generate`, `save`.
 
     Args:
         documents: the documents, clean (see `load_documents`).
@@ -110,7 +111,7 @@ def run_pipeline(
     if warning := memory_warning(model, size, **sizes, **dimensions, dropout=dropout):
         show(f"warning: {warning}")
 
-    # 2. build, and 3. initialise: the seed draws the weights
+    # 2. build, and 3. initialise: the seed draws the weights, and the text has its say in the embedding
     language_model = build(
         model,
         tokenizer.vocab_size,
@@ -120,6 +121,7 @@ def run_pipeline(
         dropout=dropout,
         seed=seed,
     )
+    initialise(language_model, tokenizer, ids, seed)
     passes = steps * batch_size * context / len(ids)
     show(
         f"{model}: {language_model.count_params():,} parameters, a vocabulary of {tokenizer.vocab_size:,} tokens, "

@@ -243,95 +243,26 @@ def keras_hub_transformer(size, threads, precision):
 
 
 def torch_step(model, size: dict, threads: int, precision: str, is_compiled: bool):
-    import torch
-    from torch.nn import functional
+    from torch_models import trainer
 
-    torch.set_num_threads(threads)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, betas=(0.9, 0.95), fused=True)
-
-    def forward(inputs, targets):
-        return functional.cross_entropy(model(inputs).float().view(-1, VOCAB_SIZE), targets.reshape(-1))
-
-    if is_compiled:
-        forward = torch.compile(forward)
+    settings = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM}
+    step = trainer(model, threads, precision=precision, is_compiled=is_compiled, **settings)
     data = batches(size)
-
-    def step():
-        inputs, targets = (torch.from_numpy(ids).long() for ids in next(data))
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = forward(inputs, targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        return loss.item()
-
-    return step
+    return lambda: step(*next(data))
 
 
 def torch_transformer(size, threads, precision):
-    import torch
-    from torch import nn
-    from torch.nn import functional
+    from torch_models import Transformer
 
-    dim, num_heads = size["hidden_dim"], size["hidden_dim"] // HEAD_DIM
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norms = nn.ModuleList([nn.LayerNorm(dim), nn.LayerNorm(dim)])
-            self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-            self.expand, self.project = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-        def forward(self, x):
-            rows, length, _ = x.shape
-            q, k, v = self.qkv(self.norms[0](x)).view(rows, length, 3, num_heads, HEAD_DIM).permute(2, 0, 3, 1, 4)
-            y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.out(y.transpose(1, 2).reshape(rows, length, dim))
-            return x + self.project(functional.gelu(self.expand(self.norms[1](x)), approximate="tanh"))
-
-    class Transformer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens, self.positions = nn.Embedding(VOCAB_SIZE, dim), nn.Embedding(size["context"], dim)
-            self.blocks = nn.ModuleList([Block() for _ in range(size["num_layers"])])
-            self.norm = nn.LayerNorm(dim)
-            for parameter in self.parameters():
-                if parameter.dim() > 1:
-                    nn.init.normal_(parameter, std=0.02)
-
-        def forward(self, ids):
-            x = self.tokens(ids) + self.positions.weight
-            for block in self.blocks:
-                x = block(x)
-            return functional.linear(self.norm(x), self.tokens.weight)
-
-    torch.manual_seed(0)
-    return torch_step(Transformer(), size, threads, precision, is_compiled=True)
+    model = Transformer(VOCAB_SIZE, size["context"], size["num_layers"], size["hidden_dim"])
+    return torch_step(model, size, threads, precision, is_compiled=True)
 
 
 def torch_lstm(size, threads, precision):
-    import torch
-    from torch import nn
-    from torch.nn import functional
+    from torch_models import Lstm
 
-    dim = size["lstm"]["hidden_dim"]
-
-    class Lstm(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens, self.head = nn.Embedding(VOCAB_SIZE, dim // 2), nn.Linear(dim, dim // 2)
-            self.lstm = nn.LSTM(dim // 2, dim, size["lstm"]["num_layers"], batch_first=True)
-            nn.init.normal_(self.tokens.weight, std=0.1)
-
-        def forward(self, ids):
-            return functional.linear(self.head(self.lstm(self.tokens(ids))[0]), self.tokens.weight)
-
-    torch.manual_seed(0)
-    return torch_step(Lstm(), size, threads, precision, is_compiled=False)
+    model = Lstm(VOCAB_SIZE, size["lstm"]["num_layers"], size["lstm"]["hidden_dim"])
+    return torch_step(model, size, threads, precision, is_compiled=False)
 
 
 # What makes each system, and the package it needs.

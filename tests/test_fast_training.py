@@ -10,6 +10,7 @@ from aigc_tf.training import compile_model
 
 pytest.importorskip("numba")
 V, T, B = 50, 9, 4
+REPLACED = ("call", "_compute_attention")
 on_tensorflow = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="passes are for TensorFlow")
 
 
@@ -56,7 +57,6 @@ def test_model_is_as_before_afterwards_and_gives_float32_meanwhile(name):
     model = built(name, "mixed_bfloat16", dropout=0.0)
     ids = np.random.default_rng(0).integers(0, V, (B, T))
     owners = [model, model.optimizer, *model.operations]
-    before = [set(vars(owner)) for owner in owners]
     logits = model(ids)
     model.train_on_batch(ids, ids)  # Keras keeps what it compiled
     model.make_train_function(force=True)
@@ -69,6 +69,15 @@ def test_model_is_as_before_afterwards_and_gives_float32_meanwhile(name):
         model.train_on_batch(ids, ids)
         assert model(ids).dtype == tf.float32
     assert [set(vars(owner)) for owner in owners] == before
+
+
+@on_tensorflow
+def test_all_of_a_transformer_that_is_no_product_is_replaced():
+    model = built("transformer")
+    with fast_passes(model):
+        replaced = [name for operation in model.operations for name in vars(operation) if name in REPLACED]
+    num_blocks = 2
+    assert sorted(replaced) == ["_compute_attention"] * num_blocks + ["call"] * (2 * num_blocks + 1 + num_blocks)
 
 
 @on_tensorflow

@@ -49,7 +49,9 @@ def test_the_python_example_prints_what_the_readme_says(tmp_path, monkeypatch):
     names = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), names)
-    promised, printed = promised.splitlines(), printed.getvalue().splitlines()
+    # What makes it faster depends on what is installed.
+    printed = [line for line in printed.getvalue().splitlines() if not line.startswith("on this CPU with")]
+    promised = promised.splitlines()
     assert [line.split("  ")[0] for line in printed[:2]] == [line.split("  ")[0] for line in promised[:2]]
     # Other processors round otherwise, and a text may part from there; the figure hardly moves.
     assert float(printed[2]) == pytest.approx(float(promised[2]), abs=0.1)
