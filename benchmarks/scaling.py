@@ -4,9 +4,9 @@
     python benchmarks/scaling.py            # about 40 minutes of one core; goes on where it was stopped
     python benchmarks/scaling.py --chart    # only the table and the chart, from the results that are there
 
-Every network sees the same windows in the same number of steps; what differs is its width, and with it the learning
-rate. Time is CPU time of the whole process, so that other work on the machine hardly counts. Results go to
-data/scaling.json, one entry a run, and the chart to scaling.svg beside this file.
+Every network starts from random values and sees the same windows in the same number of steps; what differs is its
+width, and with it the learning rate. Time is CPU time of the whole process, so that other work on the machine hardly
+counts. Results go to data/scaling.json, one entry a run, and the chart to scaling.svg beside this file.
 """
 
 import argparse
