@@ -86,9 +86,13 @@ def _serves(model) -> bool:
         and importlib.util.find_spec("numba") is not None
         and not tf.distribute.has_strategy()
         and model.compute_dtype in ("float32", "bfloat16")
-        and isinstance(model.loss, keras.losses.SparseCategoricalCrossentropy)
-        and model.loss.from_logits
+        and _is_plain_loss(model.loss)
     )
+
+
+def _is_plain_loss(loss) -> bool:
+    plain = keras.losses.SparseCategoricalCrossentropy(from_logits=True).get_config()
+    return type(loss) is keras.losses.SparseCategoricalCrossentropy and loss.get_config() == plain
 
 
 def _is_gelu(operation) -> bool:
@@ -223,7 +227,7 @@ def _apply_gradients(self, gradients, variables):
     ]
     decays = [float(self.weight_decay or 0) if self._use_weight_decay(v) else 0.0 for v in variables]
     settings = {name: getattr(self, name) for name in ("beta_1", "beta_2", "epsilon")}
-    settings |= {"clip_norm": self.global_clipnorm, "num_threads": _num_threads()}
+    settings |= {"clip_norm": self.global_clipnorm or None, "num_threads": _num_threads()}
 
     def step(rate, iterations, *arrays):
         n = len(numbers)

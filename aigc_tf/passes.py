@@ -211,13 +211,14 @@ def _in_parts(function, arrays: list[np.ndarray], num_threads: int) -> list:
         for i, array in enumerate(arrays)
         for start in range(0, len(array), 4 * _WORTH_A_THREAD)
     ]
+    parts = num_threads if sum(map(len, arrays)) > _WORTH_A_THREAD else 1
     results = [None] * len(jobs)
 
     def run(part):
-        for n in range(part, len(jobs), num_threads):
+        for n in range(part, len(jobs), parts):
             results[n] = function(*jobs[n])
 
-    _all(run, num_threads if sum(map(len, arrays)) > _WORTH_A_THREAD else 1)
+    _all(run, parts)
     return results
 
 

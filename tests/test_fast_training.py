@@ -97,6 +97,8 @@ def test_others_are_left_to_keras():
     assert is_used(compile_with(keras.optimizers.AdamW(use_ema=True), entropy)) == (True, False)
     assert is_used(compile_with("adamw", keras.losses.SparseCategoricalCrossentropy())) == (False, False)
     assert is_used(compile_with("adamw", "mse")) == (False, False)
+    ignoring = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0)
+    assert is_used(compile_with("adamw", ignoring)) == (False, False)
     half = built("transformer", "mixed_float16")
     with fast_passes(half) as used:
         assert not used

@@ -113,8 +113,8 @@ def test_results_keep_their_memory_and_memory_is_used_again():
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1e9, 0.5])
-def test_adamw(clip_norm):
-    shapes = [(3,), (4, 5), (600, 1000), ()]
+@pytest.mark.parametrize("shapes", [[(3,), (4, 5), (600, 1000), ()], [(3,), (2,), (), (4, 5)]], ids=["large", "small"])
+def test_adamw(clip_norm, shapes):
     weights, gradients, momenta = ([normal(s, seed=i).reshape(s) for s in shapes] for i in range(3))
     velocities = [normal(s, seed=3).reshape(s) ** 2 for s in shapes]
     decays = [0.0, 0.1, 0.1, 0.0]
