@@ -46,7 +46,7 @@ def initialise(
         >>> tokenizer = Tokenizer.train(documents)
         >>> model = initialise(lstm(tokenizer.vocab_size, context=4), tokenizer, documents)
         >>> model.get_layer("token_embedding").get_weights()[0].shape
-        (266, 128)
+        (265, 128)
 
     Source:
         O. Levy and Y. Goldberg, "Neural word embedding as implicit matrix factorization" (2014); decomposition
