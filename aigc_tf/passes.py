@@ -11,16 +11,13 @@ import threading
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 
-import numba
 import numpy as np
-from numba.extending import overload, register_jitable
 
-from .matrices import compiled, exp
+from . import pass_kernels
 
-_f32, _u32 = np.float32, np.uint32
+_f32 = np.float32
 _WORTH_A_THREAD = 2**16  # numbers; handing over costs a tenth of a millisecond
 _ALIGNMENT = 64  # of memory that TensorFlow takes without copying it
-_GELU_SCALE, _GELU_CUBIC = _f32(math.sqrt(2 / math.pi)), _f32(0.044715)
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray, num_threads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,28 +33,28 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, num_threads: int) -> 
     """
     nats, gradient = _empty(targets.shape, _f32), _empty_like(logits)
     share = _f32(1 / len(targets))
-    _in_threads(_cross_entropy, num_threads, _bits(logits), targets, share, nats, _bits(gradient))
+    _in_threads(pass_kernels.cross_entropy, num_threads, _bits(logits), targets, share, nats, _bits(gradient))
     return nats, gradient
 
 
 def gelu(x: np.ndarray, num_threads: int) -> np.ndarray:
     """Compute the GELU, by tanh, of x of any shape."""
     y = _empty_like(x)
-    _in_threads(_gelu, num_threads, _rows(x), _rows(y))
+    _in_threads(pass_kernels.gelu, num_threads, _rows(x), _rows(y))
     return y
 
 
 def gelu_gradient(x: np.ndarray, d_y: np.ndarray, num_threads: int) -> np.ndarray:
     """Compute the gradient of x from that of its GELU."""
     d_x = _empty_like(x)
-    _in_threads(_gelu_gradient, num_threads, _rows(x), _rows(d_y), _rows(d_x))
+    _in_threads(pass_kernels.gelu_gradient, num_threads, _rows(x), _rows(d_y), _rows(d_x))
     return d_x
 
 
 def layer_norm(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, epsilon: float, num_threads: int) -> np.ndarray:
     """Normalise x over its last axis, scale it by gamma and shift it by beta, both float32."""
     y = _empty_like(x)
-    _in_threads(_layer_norm, num_threads, _rows(x), gamma, beta, _f32(epsilon), _rows(y))
+    _in_threads(pass_kernels.layer_norm, num_threads, _rows(x), gamma, beta, _f32(epsilon), _rows(y))
     return y
 
 
@@ -67,14 +64,16 @@ def layer_norm_gradient(
     """Compute the gradients of x, gamma and beta from that of the normalised x."""
     d_x = _empty_like(x)
     sums = [np.zeros((2, len(gamma)), _f32) for _ in range(num_threads)]
-    _in_threads(_layer_norm_gradient, num_threads, _rows(x), gamma, _f32(epsilon), _rows(d_y), _rows(d_x), sums)
+    _in_threads(
+        pass_kernels.layer_norm_gradient, num_threads, _rows(x), gamma, _f32(epsilon), _rows(d_y), _rows(d_x), sums
+    )
     return d_x, *np.sum(sums, axis=0)
 
 
 def causal_softmax(scores: np.ndarray, scale: float, num_threads: int) -> np.ndarray:
     """Turn scores (..., T, T) of queries and keys to probabilities: a query sees no later key."""
     probabilities = _empty_like(scores)
-    _in_threads(_causal_softmax, num_threads, _squares(scores), _f32(scale), _squares(probabilities))
+    _in_threads(pass_kernels.causal_softmax, num_threads, _squares(scores), _f32(scale), _squares(probabilities))
     return probabilities
 
 
@@ -84,7 +83,7 @@ def causal_softmax_gradient(
     """Compute the gradient of the scores from that of their probabilities."""
     d_scores = _empty_like(probabilities)
     squares = (_squares(a) for a in (probabilities, d_probabilities, d_scores))
-    _in_threads(_causal_softmax_gradient, num_threads, *squares, _f32(scale))
+    _in_threads(pass_kernels.causal_softmax_gradient, num_threads, *squares, _f32(scale))
     return d_scores
 
 
@@ -130,7 +129,7 @@ def adamw(
     new_flat = [[a.reshape(-1) for a in arrays] for arrays in new]
     scale = 1.0
     if clip_norm is not None:
-        sums = _in_parts(lambda i, part: _sum_of_squares(old[1][i][part]), old[1], num_threads)
+        sums = _in_parts(lambda i, part: pass_kernels.sum_of_squares(old[1][i][part]), old[1], num_threads)
         norm = math.sqrt(sum(sums))
         # As Keras does: a norm that is no number spoils all weights, and the training says so.
         scale = clip_norm / max(norm, clip_norm) + (norm - norm)
@@ -139,7 +138,7 @@ def adamw(
 
     def update(i, part):
         arrays = (a[i][part] for a in (*old, *new_flat))
-        _adamw(*arrays, _f32(1 - rate * decays[i]), *settings)
+        pass_kernels.adamw(*arrays, _f32(1 - rate * decays[i]), *settings)
 
     _in_parts(update, old[0], num_threads)
     return [a for arrays in new for a in arrays]
@@ -227,195 +226,3 @@ def _all(run, parts: int) -> None:
     run(0)
     for helper in helpers:
         helper.result()
-
-
-# --- kernels ----------------------------------------------------------------------------------------------------
-
-
-def _load(array, i):
-    """Read a number of float32, or of bfloat16 given by its bits."""
-
-
-def _rounded(array, x):
-    """Round x to what an array holds."""
-
-
-@overload(_load, inline="always")
-def _load_in_numba(array, i):
-    if array.dtype == numba.uint16:
-        return lambda array, i: _u32(_u32(array[i]) << _u32(16)).view(np.float32)
-    return lambda array, i: array[i]
-
-
-@overload(_rounded, inline="always")
-def _rounded_in_numba(array, x):
-    def to_bfloat16(array, x):
-        bits = _f32(x).view(np.uint32)
-        return np.uint16((bits + _u32(0x7FFF) + ((bits >> _u32(16)) & _u32(1))) >> _u32(16))
-
-    return to_bfloat16 if array.dtype == numba.uint16 else lambda array, x: x
-
-
-@register_jitable
-def _largest(x, n, work):
-    """Find the largest of the first n of x, half against half: a loop that numba can run in vectors."""
-    half = (n + 1) // 2
-    for j in range(n - half):
-        work[j] = max(x[j], x[half + j])
-    if n - half < half:
-        work[half - 1] = x[half - 1]
-    n = half
-    while n > 1:
-        half = (n + 1) // 2
-        for j in range(n - half):
-            work[j] = max(work[j], work[half + j])
-        n = half
-    return work[0]
-
-
-@compiled(fastmath=True)
-def _cross_entropy(first, last, logits, targets, share, nats, gradient):
-    num_logits = logits.shape[1]
-    x, work = np.empty(num_logits, np.float32), np.empty(num_logits, np.float32)
-    for row in range(first, last):
-        source, out, target = logits[row], gradient[row], targets[row]
-        for j in range(num_logits):  # a loop of its own: memory keeps pace with it
-            x[j] = _load(source, j)
-        largest, right = _largest(x, num_logits, work), x[target]
-        total = _f32(0)
-        for j in range(num_logits):
-            odds = exp(x[j] - largest)
-            x[j] = odds
-            total += odds
-        nats[row] = largest + np.log(total) - right
-        scale = share / total
-        for j in range(num_logits):
-            out[j] = _rounded(out, x[j] * scale)
-        out[target] = _rounded(out, x[target] * scale - share)
-
-
-@compiled(fastmath=True)
-def _gelu(first, last, x, y):
-    for row in range(first, last):
-        source, out = x[row], y[row]
-        for j in range(x.shape[1]):
-            v = _load(source, j)
-            # (1 + tanh(z)) / 2 is 1 / (1 + exp(-2 z)).
-            z = _GELU_SCALE * v * (_f32(1) + _GELU_CUBIC * v * v)
-            out[j] = _rounded(out, v / (_f32(1) + exp(_f32(-2) * z)))
-
-
-@compiled(fastmath=True)
-def _gelu_gradient(first, last, x, d_y, d_x):
-    for row in range(first, last):
-        source, given, out = x[row], d_y[row], d_x[row]
-        for j in range(x.shape[1]):
-            v = _load(source, j)
-            cubic = _GELU_CUBIC * v * v
-            share = _f32(1) / (_f32(1) + exp(_f32(-2) * _GELU_SCALE * v * (_f32(1) + cubic)))
-            slope = _f32(2) * _GELU_SCALE * (_f32(1) + _f32(3) * cubic)
-            out[j] = _rounded(out, _load(given, j) * (share + v * share * (_f32(1) - share) * slope))
-
-
-@register_jitable
-def _centred(source, n, out):
-    """Write a row less its mean, and return its variance."""
-    total, squares = _f32(0), _f32(0)
-    for j in range(n):
-        out[j] = _load(source, j)
-        total += out[j]
-    mean = total / _f32(n)
-    for j in range(n):
-        out[j] -= mean
-        squares += out[j] * out[j]
-    return squares / _f32(n)
-
-
-@compiled(fastmath=True)
-def _layer_norm(first, last, x, gamma, beta, epsilon, y):
-    n = x.shape[1]
-    v = np.empty(n, np.float32)
-    for row in range(first, last):
-        out = y[row]
-        scale = _f32(1) / np.sqrt(_centred(x[row], n, v) + epsilon)
-        for j in range(n):
-            out[j] = _rounded(out, v[j] * scale * gamma[j] + beta[j])
-
-
-@compiled(fastmath=True)
-def _layer_norm_gradient(first, last, x, gamma, epsilon, d_y, d_x, sums):
-    n = x.shape[1]
-    v, d_v = np.empty(n, np.float32), np.empty(n, np.float32)
-    for row in range(first, last):
-        given, out = d_y[row], d_x[row]
-        scale = _f32(1) / np.sqrt(_centred(x[row], n, v) + epsilon)
-        total, product = _f32(0), _f32(0)
-        for j in range(n):
-            v[j] *= scale
-            d = _load(given, j)
-            sums[0, j] += d * v[j]
-            sums[1, j] += d
-            d_v[j] = d * gamma[j]
-            total += d_v[j]
-            product += d_v[j] * v[j]
-        mean, slope = total / _f32(n), product / _f32(n)
-        for j in range(n):
-            out[j] = _rounded(out, scale * (d_v[j] - mean - v[j] * slope))
-
-
-@compiled(fastmath=True)
-def _causal_softmax(first, last, scores, scale, probabilities):
-    length = scores.shape[1]
-    x, work = np.empty(length, np.float32), np.empty(length, np.float32)
-    for square in range(first, last):
-        for query in range(length):
-            source, out, n = scores[square, query], probabilities[square, query], query + 1
-            for j in range(n):
-                x[j] = scale * _load(source, j)
-            largest, total = _largest(x, n, work), _f32(0)
-            for j in range(n):
-                odds = exp(x[j] - largest)
-                x[j] = odds
-                total += odds
-            for j in range(n):
-                out[j] = _rounded(out, x[j] / total)
-            for j in range(n, length):
-                out[j] = _rounded(out, _f32(0))
-
-
-@compiled(fastmath=True)
-def _causal_softmax_gradient(first, last, probabilities, d_probabilities, d_scores, scale):
-    length = probabilities.shape[1]
-    for square in range(first, last):
-        for query in range(length):
-            p, d_p = probabilities[square, query], d_probabilities[square, query]
-            out, n = d_scores[square, query], query + 1
-            mean = _f32(0)
-            for j in range(n):
-                mean += _load(p, j) * _load(d_p, j)
-            for j in range(n):
-                out[j] = _rounded(out, scale * _load(p, j) * (_load(d_p, j) - mean))
-            for j in range(n, length):
-                out[j] = _rounded(out, _f32(0))
-
-
-@compiled(fastmath=True)
-def _sum_of_squares(x):
-    total = np.float64(0)
-    for start in range(0, len(x), 1024):  # float32 in vectors, float64 for what would be lost in a long sum
-        part = _f32(0)
-        for j in range(start, min(start + 1024, len(x))):
-            part += x[j] * x[j]
-        total += part
-    return total
-
-
-@compiled(fastmath={"nsz", "arcp", "contract", "afn"})
-def _adamw(weights, gradients, momenta, velocities, new_weights, new_momenta, new_velocities,
-           kept, beta_1, beta_2, rate, epsilon, scale):  # fmt: skip
-    for j in range(len(weights)):
-        g = gradients[j] * scale
-        m = momenta[j] + (g - momenta[j]) * (_f32(1) - beta_1)
-        v = velocities[j] + (g * g - velocities[j]) * (_f32(1) - beta_2)
-        new_momenta[j], new_velocities[j] = m, v
-        new_weights[j] = weights[j] * kept - rate * m / (np.sqrt(v) + epsilon)
