@@ -19,6 +19,7 @@ _PUBLIC = {
     "corpora": ("load_corpus",),
     "segmentation": ("keywords", "load_stopwords", "load_user_dict", "remove_stopwords", "segment"),
     "tokenizer": ("Tokenizer",),
+    "distribution": ("use_devices",),
     "dataset": ("make_dataset", "make_store", "open_store"),
     "models": ("lstm", "transformer"),
     "initialisation": ("initialise",),

@@ -52,10 +52,15 @@ def _demo(options) -> None:
 
 
 def _train(options) -> None:
+    from .distribution import use_devices
     from .pipeline import run_pipeline
 
+    if options.devices is not None or options.model_parallel > 1:
+        print(use_devices(options.devices or None, model_parallel=options.model_parallel, precision=options.precision))
     folder = _new_folder(options.out, f"{_stem(options)}-{options.model}")
-    run_pipeline(_documents(options), folder, **_pipeline_settings(options))
+    names = ("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints")
+    checkpoints = {name: getattr(options, name) for name in names}
+    run_pipeline(_documents(options), folder, **_pipeline_settings(options), **checkpoints)
     print(f"kept in {folder}; write with it: aigc-tf generate {folder} ...")
 
 
@@ -178,13 +183,18 @@ def _info(options) -> None:
 
 
 def _new_folder(name: str | None, default: str) -> Path:
-    """Choose the folder of a run: the one named, which must be new, or a new one under runs/."""
+    """Choose the folder of a run: the one named, or one under runs/; a new one, or one whose training is not done."""
+    from .checkpoints import CHECKPOINTS
+
+    def is_free(folder):
+        return not folder.exists() or (folder / CHECKPOINTS).is_dir()
+
     if name is None:
         candidates = [Path("runs", default), *(Path("runs", f"{default}-{i}") for i in range(2, 1000))]
-        folder = next(path for path in candidates if not path.exists())
+        folder = next(filter(is_free, candidates))
     else:
         folder = Path(name)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_free(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"{folder} exists and is not empty. Name another folder with --out.")
     return folder
 

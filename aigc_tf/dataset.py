@@ -130,7 +130,8 @@ def make_dataset(
 
     Returns:
         A `tf.data.Dataset` of `(inputs, targets)`, each `int32` of shape (B, T), with
-        `targets[:, :-1] == inputs[:, 1:]`.
+        `targets[:, :-1] == inputs[:, 1:]`. Two more attributes are for going on with a training:
+        `from_step(k)`, the same data from batch k on, and `identity()`, a dict that tells it from other data.
 
     Raises:
         ValueError: the documents do not fill one window, or without a seed one batch.
@@ -170,13 +171,20 @@ def make_dataset(
         return rows[:, :-1], rows[:, 1:]
 
     stop = num_windows if seed is None else np.iinfo(np.int64).max
-    return (
+    dataset = (
         tf.data.Dataset.range(start_step * batch_size, stop)
         .map(window_at)
         .batch(batch_size, drop_remainder=True)
         .map(inputs_and_targets)
         .prefetch(tf.data.AUTOTUNE)
     )
+    dataset.from_step = lambda step: make_dataset(tokens, tokenizer, context, batch_size, seed, start_step + step)
+    dataset.identity = lambda: {
+        "tokens": hashlib.sha256(tokens).hexdigest(),
+        "order's seed": seed,
+        "first batch": start_step,
+    }
+    return dataset
 
 
 def _window_starts(tokens: np.ndarray, bos: int, context: int) -> np.ndarray:

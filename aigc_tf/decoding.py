@@ -5,6 +5,7 @@ does the same compiled, where numba is installed. Any other model is read throug
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .ngram import Ngram
 from .weights import LstmWeights, TransformerWeights, read_weights
 
 
@@ -207,6 +209,12 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 def _plain_decoder(model, num_rows: int) -> Decoder:
     context = model.input_shape[1]
     texts = [[] for _ in range(num_rows)]
+    if isinstance(model, Ngram):
+        compute = model.predict_on_batch
+    else:
+        from .distribution import predict
+
+        compute = functools.partial(predict, model)
 
     def read(rows, positions, ids):
         for row, position, i in zip(rows, positions, ids, strict=True):
@@ -216,7 +224,7 @@ def _plain_decoder(model, num_rows: int) -> Decoder:
         window = np.zeros((len(newest), context), np.int32)
         for row, text in enumerate(newest):
             window[row, : len(text)] = text
-        logits = model.predict_on_batch(window)
+        logits = compute(window)
         return np.array(logits)[np.arange(len(newest)), [len(text) - 1 for text in newest]]
 
     def copy(parents):

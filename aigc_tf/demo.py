@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from .checkpoints import delete_checkpoints
 from .dataset import make_dataset
 from .devices import keras
 from .evaluation import baselines, evaluate
@@ -11,8 +12,8 @@ from .files import shipped_file
 from .generation import generate_batch
 from .initialisation import initialise
 from .models import lstm, transformer
-from .saving import documents_sha256, save
-from .text import load_documents, split
+from .saving import save
+from .text import documents_sha256, load_documents, split
 from .tokenizer import Tokenizer
 from .training import train
 
@@ -87,6 +88,7 @@ def run_demo(
         figures[name] = evaluate(model, tokenizer, valid_poems)
         figures[name]["well_formed"] = sum(map(is_quatrain, samples[name])) / _NUM_SAMPLES
         save(Path(folder, name), model, tokenizer, settings=settings, data=data, figures=figures[name])
+        delete_checkpoints(Path(folder, name))
         keras.backend.clear_session()
     figures["baselines"] = baselines(tokenizer, train_poems, valid_poems)
     _show_results(figures, samples, folder, show)

@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from .devices import keras, tf
+from .distribution import known_precision
 from .fast_training import fast_training
 from .hardware import available_bytes, gpu_watts, process_bytes, processor_joules
 from .models import build
@@ -31,7 +32,7 @@ def estimate(
     num_heads: int | None = None,
     hidden_dim: int | None = None,
     dropout: float = 0.1,
-    precision: str = "float32",
+    precision: str = "auto",
     seconds: float = 10.0,
     watts: float | None = None,
 ) -> dict[str, float]:
@@ -54,7 +55,7 @@ def estimate(
         num_heads: see `transformer`.
         hidden_dim: see `transformer` and `lstm`.
         dropout: see `transformer` and `lstm`; for the measurement, the formulas take it as given.
-        precision: "float32", "mixed_bfloat16" or "mixed_float16".
+        precision: "float32", "mixed_bfloat16", "mixed_float16", or "auto", see `run_pipeline`.
         seconds: how long to measure; 0 measures nothing.
         watts: the power that the machine draws while it trains; by default it is read where the system
             tells (RAPL counters of the processor, `nvidia-smi` of a GPU).
@@ -86,8 +87,7 @@ def estimate(
     replaced = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
     chosen = dimensions(model, size, **replaced)
     at_least_1(vocab_size=vocab_size, context=context, batch_size=batch_size, steps=steps)
-    if precision not in ("float32", "mixed_bfloat16", "mixed_float16"):
-        raise ValueError(f"precision must be float32, mixed_bfloat16 or mixed_float16, got {precision!r}.")
+    precision = known_precision(precision)
     if not seconds >= 0 or (watts is not None and not watts > 0):
         raise ValueError(f"seconds must be at least 0 and watts above 0, got {seconds} and {watts}.")
     count = _count_transformer if model == "transformer" else _count_lstm

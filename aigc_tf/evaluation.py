@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from .devices import keras
+from .distribution import predict
 from .ngram import Ngram, estimate
 from .tokenizer import Tokenizer, check_vocabulary
 
@@ -68,7 +69,7 @@ def evaluate_scorer(scoring: keras.Model, tokenizer: Tokenizer, documents: list[
     batch_size = max(1, min(64, _LOGITS_BYTES // (4 * context * tokenizer.vocab_size)))
     nats, num_tokens = 0.0, 0
     for inputs, targets, counted in batches(tokenizer, documents, context, batch_size):
-        nats += float(scoring.predict_on_batch([inputs, targets])[counted].sum(dtype=np.float64))
+        nats += float(predict(scoring, [inputs, targets])[counted].sum(dtype=np.float64))
         num_tokens += int(counted.sum())
     return _figures(nats, num_tokens, documents)
 

@@ -7,6 +7,7 @@ import re
 import numpy as np
 
 from .devices import keras
+from .distribution import predict
 from .evaluation import batches
 from .ngram import Ngram
 from .tokenizer import Tokenizer, check_vocabulary
@@ -223,7 +224,7 @@ def _nats(model: keras.Model | Ngram, tokenizer: Tokenizer, text: str) -> np.nda
     # Window by window through the model itself: it is compiled once for all calls, in the shape that generation
     # uses too. A scorer would be compiled again at every call.
     for inputs, targets, counted in batches(tokenizer, [text], model.input_shape[1], batch_size=1):
-        logits = model.predict_on_batch(inputs)
+        logits = predict(model, inputs)
         losses = keras.ops.sparse_categorical_crossentropy(targets, logits, from_logits=True)
         nats.append(keras.ops.convert_to_numpy(losses)[counted])
     return np.concatenate(nats, dtype=np.float64)

@@ -24,6 +24,10 @@ def fast_training(model: keras.Model, num_tokens: float) -> Iterator[list[str]]:
     Returns:
         In words, what is done for it; nothing where Keras alone does as well.
     """
+    if keras.backend.backend() == "tensorflow" and tf.distribute.has_strategy():  # several devices: Keras' own ways
+        with freed_graphs():
+            yield []
+        return
     is_worth_fusing = 6 * model.count_params() * num_tokens > _OPERATIONS_WORTH_FUSING
     with (
         freed_graphs(),
@@ -84,7 +88,6 @@ def _serves(model) -> bool:
         keras.backend.backend() == "tensorflow"
         and not uses_accelerator()
         and importlib.util.find_spec("numba") is not None
-        and not tf.distribute.has_strategy()
         and model.compute_dtype in ("float32", "bfloat16")
         and _is_plain_loss(model.loss)
     )

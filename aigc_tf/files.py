@@ -34,6 +34,8 @@ def write_beside(path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a power failure after the renaming may leave an empty file of that name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

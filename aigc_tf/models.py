@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from .devices import keras
+from .distribution import known_precision
 from .sizes import at_least_1, dimensions
 
 layers, ops = keras.layers, keras.ops
@@ -198,7 +199,7 @@ def build(
     num_heads: int | None = None,
     hidden_dim: int | None = None,
     dropout: float = 0.1,
-    precision: str = "float32",
+    precision: str = "auto",
     seed: int = 0,
 ) -> keras.Model:
     """Build a model by the name of its architecture, as a command or a search names it.
@@ -212,7 +213,8 @@ def build(
         num_heads: the number of attention heads, of a Transformer only.
         hidden_dim: the width.
         dropout: the share set to zero in training.
-        precision: the dtype policy of the layers, "float32", "mixed_bfloat16" or "mixed_float16".
+        precision: the dtype policy of the layers, "float32", "mixed_bfloat16", "mixed_float16", or "auto" for what the
+            device computes best in (see `use_devices`).
         seed: the seed of the weights and the dropout.
 
     Returns:
@@ -224,7 +226,7 @@ def build(
     dimensions(model, size, num_layers=num_layers, num_heads=num_heads, hidden_dim=hidden_dim)
     settings = {"num_layers": num_layers, "hidden_dim": hidden_dim, "dropout": dropout, "seed": seed}
     previous = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(precision)  # layers keep the policy they are made under
+    keras.config.set_dtype_policy(known_precision(precision))  # layers keep the policy they are made under
     try:
         if model == "lstm":
             return lstm(vocab_size, context, size, **settings)

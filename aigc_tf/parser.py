@@ -40,10 +40,15 @@ def make_parser() -> argparse.ArgumentParser:
         "train",
         "train a model on your own text",
         "Train a language model on text files, and keep it in a run folder with its tokenizer, its settings "
-        "and its figures on held-out documents.",
+        "and its figures on held-out documents. The same command again goes on with a training that was stopped or "
+        "killed, from its newest checkpoint.",
     )
     _add_paths(train)
-    train.add_argument("--out", metavar="FOLDER", help="a new folder for the run (default: one under runs/)")
+    train.add_argument(
+        "--out",
+        metavar="FOLDER",
+        help="a new folder for the run, or that of a training to go on with (default: one under runs/)",
+    )
     _add_model(train)
     train.add_argument("--user-dict", metavar="FILE", help="a jieba user dictionary, for --unit word")
     train.add_argument(
@@ -56,6 +61,16 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--weight-decay", type=float, default=0.1, metavar="W", help="weight decay of AdamW")
     train.add_argument("--validations", type=int, default=10, metavar="N", help="evaluations on the held-out side")
     train.add_argument("--seed", type=int, default=0, help="the seed of weights, dropout and order")
+    train.add_argument("--devices", type=int, metavar="N", help="how many devices share a batch; 0 takes all there are")
+    train.add_argument(
+        "--model-parallel", type=int, default=1, metavar="N", help="among how many devices one model is divided (JAX)"
+    )
+    train.add_argument(
+        "--num-microbatches", type=int, default=1, metavar="N", help="compute a batch in N parts, to save memory"
+    )
+    train.add_argument("--checkpoint-minutes", type=float, default=5.0, metavar="M", help="minutes between checkpoints")
+    train.add_argument("--checkpoint-steps", type=int, metavar="N", help="steps between checkpoints")
+    train.add_argument("--keep-checkpoints", type=int, default=2, metavar="K", help="how many of the newest to keep")
 
     estimate = add(
         "estimate",
@@ -180,7 +195,7 @@ def _add_model(command) -> None:
     add("--steps", type=int, default=2000, metavar="N", help="training steps")
     add(
         "--precision",
-        choices=("float32", "mixed_bfloat16", "mixed_float16"),
-        default="float32",
-        help="the arithmetic; mixed_bfloat16 for GPUs, TPUs and CPUs that have it",
+        choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
+        default="auto",
+        help="the arithmetic; auto is what the device is best in, float32 on a CPU",
     )

@@ -3,15 +3,17 @@
 import inspect
 import os
 
+from .checkpoints import delete_checkpoints
 from .dataset import make_dataset, make_store
+from .distribution import known_precision, num_replicas
 from .estimation import memory_warning
 from .evaluation import baselines, evaluate
 from .generation import generate
 from .initialisation import initialise
 from .models import build
-from .saving import documents_sha256, save
+from .saving import save
 from .segmentation import as_user_dict, remove_stopwords
-from .text import split
+from .text import documents_sha256, split
 from .tokenizer import Tokenizer
 from .training import train
 
@@ -39,11 +41,18 @@ def run_pipeline(
     learning_rate: float = 1e-3,
     weight_decay: float = 0.1,
     validations: int = 10,
-    precision: str = "float32",
+    num_microbatches: int = 1,
+    precision: str = "auto",
     seed: int = 0,
+    checkpoint_minutes: float | None = 5.0,
+    checkpoint_steps: int | None = None,
+    keep_checkpoints: int = 2,
     progress: bool = True,
 ) -> dict[str, float]:
     """Preprocess, build, initialise, train, evaluate, predict: from documents to a run folder.
+
+    Called again with the same arguments, it goes on after the newest checkpoint of a training that was stopped or
+    killed, as `train` does; when all is done the checkpoints are deleted.
 
     `aigc-tf train` is this function, and `tune` calls it for each trial. Whoever wants to change a step
     calls the functions it is made of instead: `split`, `Tokenizer.train`, `make_dataset`, `transformer` or
@@ -51,7 +60,7 @@ def run_pipeline(
 
     Args:
         documents: the documents, clean (see `load_documents`).
-        folder: the run folder to write; it appears when training begins.
+        folder: the run folder to write, or to go on in; it appears when training begins.
         model: "transformer" or "lstm".
         size: the dimensions of the model, see `transformer` and `lstm`; the next three replace its own.
         num_layers: the number of blocks or LSTM layers.
@@ -69,8 +78,13 @@ def run_pipeline(
         learning_rate: see `train`.
         weight_decay: see `train`.
         validations: see `train`.
-        precision: the dtype policy, "float32", "mixed_bfloat16" or "mixed_float16".
+        num_microbatches: see `train`.
+        precision: the dtype policy, "float32", "mixed_bfloat16", "mixed_float16", or "auto" for what the device
+            computes best in (see `use_devices`).
         seed: the seed of weights, dropout, order and the first text.
+        checkpoint_minutes: see `train`.
+        checkpoint_steps: see `train`.
+        keep_checkpoints: see `train`.
         progress: show on standard output what happens.
 
     Returns:
@@ -78,7 +92,8 @@ def run_pipeline(
         settings, the baselines and a first text ("sample" in `run.json`).
 
     Raises:
-        ValueError: a setting is out of range, or two do not go together.
+        ValueError: a setting is out of range, two do not go together, or the checkpoints in the folder are of another
+            training.
     """
     given = locals()
     settings = {name: given[name] for name in SETTINGS}
@@ -86,6 +101,7 @@ def run_pipeline(
     if user_dict and unit != "word":
         raise ValueError('user_dict is for unit="word": characters need no dictionary.')
     settings["user_dict"] = user_dict = as_user_dict(user_dict)
+    settings["precision"] = precision = known_precision(precision)
 
     # 1. preprocess
     num_chars = sum(map(len, documents))
@@ -107,7 +123,8 @@ def run_pipeline(
     train_data = make_dataset(ids, tokenizer, context, batch_size, seed)
 
     dimensions = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim, "precision": precision}
-    sizes = {"vocab_size": tokenizer.vocab_size, "context": context, "batch_size": batch_size, "steps": steps}
+    sizes = {"vocab_size": tokenizer.vocab_size, "context": context, "steps": steps}
+    sizes["batch_size"] = max(1, batch_size // num_microbatches // num_replicas())
     if warning := memory_warning(model, size, **sizes, **dimensions, dropout=dropout):
         show(f"warning: {warning}")
 
@@ -138,12 +155,16 @@ def run_pipeline(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         validations=validations,
+        num_microbatches=num_microbatches,
         run_dir=folder,
+        checkpoint_minutes=checkpoint_minutes,
+        checkpoint_steps=checkpoint_steps,
+        keep_checkpoints=keep_checkpoints,
         progress=progress,
     )
     steps_done = history["step"][-1]
     if steps_done < steps:
-        show(f"stopped after {steps_done:.0f} of {steps} steps; what was learned is kept")
+        show(f"stopped after {steps_done:.0f} of {steps} steps; what was learned is kept, and the same again goes on")
 
     # 5. evaluate, beside simpler models
     figures = {**evaluate(language_model, tokenizer, valid_documents), "steps_done": steps_done}
@@ -165,14 +186,17 @@ def run_pipeline(
         baselines=simpler,
         sample=sample,
     )
+    if steps_done == steps:
+        delete_checkpoints(folder)
     return figures
 
 
+_NOT_OF_THE_RESULT = ("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "progress")
 # The settings of a run and their defaults, by name.
 SETTINGS = {
     name: parameter.default
     for name, parameter in inspect.signature(run_pipeline).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name != "progress"
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in _NOT_OF_THE_RESULT
 }
 
 

@@ -139,14 +139,6 @@ def read_run(path) -> dict:
     return run
 
 
-def documents_sha256(documents: list[str]) -> str:
-    """Hash a corpus, document by document, in order."""
-    digest = hashlib.sha256()
-    for document in documents:
-        digest.update(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest())
-    return digest.hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Tell the versions that a result depends on, and the backend."""
     from .devices import keras

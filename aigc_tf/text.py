@@ -136,6 +136,14 @@ def _rank(document: str) -> float:
     return int.from_bytes(digest[:7], "big") / 2**56
 
 
+def documents_sha256(documents: list[str]) -> str:
+    """Hash a corpus, document by document, in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()
+
+
 def _text_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]

@@ -1,16 +1,13 @@
 """Training: train(), from a model and data to the best weights on held-out documents."""
 
-import contextlib
 import math
-import signal
-import sys
-import threading
-import time
 from pathlib import Path
 
-from .devices import keras, tf
-from .evaluation import evaluate_scorer, scorer
+from .course import Course, Display, NoDisplay, signals_stop
+from .devices import keras, tf, uses_accelerator
+from .distribution import check_distribution, is_first_host, num_replicas
 from .fast_training import fast_training
+from .text import documents_sha256
 from .tokenizer import Tokenizer, check_vocabulary
 
 
@@ -25,7 +22,11 @@ def train(
     weight_decay: float = 0.1,
     clip_norm: float = 1.0,
     validations: int = 10,
+    num_microbatches: int = 1,
     run_dir=None,
+    checkpoint_minutes: float | None = 5.0,
+    checkpoint_steps: int | None = None,
+    keep_checkpoints: int = 2,
     progress: bool = True,
 ) -> dict[str, list[float]]:
     """Train a language model, and leave it with the weights that predicted the held-out documents best.
@@ -35,9 +36,15 @@ def train(
     their global norm. A model built under a mixed precision policy trains in mixed precision. Ctrl-C ends
     the training early, after a last validation, and keeps what was learned.
 
+    With a `run_dir` nothing is lost: the same call again goes on after the newest checkpoint there, however
+    the one before it ended, and on a CPU it ends with the weights and the history, bit for bit, that it would
+    have ended with at once (its "tokens_per_second" apart).
+
     Args:
         model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal.
-        train_data: endless batches of `(inputs, targets)`, `int32 (B, T)` (see `make_dataset`).
+        train_data: endless batches of `(inputs, targets)`, `int32 (B, T)` (see `make_dataset`). Data that was not
+            made so must come in the same order each time, is read again up to the step to go on at, and cannot
+            be told from other data.
         tokenizer: the tokenizer of both.
         valid_documents: the held-out documents.
         steps: how many batches to learn from.
@@ -45,7 +52,13 @@ def train(
         weight_decay: the share of each weight that goes per step, times the learning rate.
         clip_norm: the largest global norm of the gradients.
         validations: how often to evaluate on the held-out documents, the end included.
-        run_dir: a folder for `log.csv` and TensorBoard's `tensorboard/`, or None.
+        num_microbatches: in how many parts to compute a batch, one after the other: the same training in less
+            memory, as their gradients are added up.
+        run_dir: a folder for `log.csv`, TensorBoard's `tensorboard/` and `checkpoints/`, or None.
+        checkpoint_minutes: how long to train between two checkpoints, or None. Where writing one takes long, it
+            is longer: 50 times that.
+        checkpoint_steps: the number of steps between two checkpoints, or None.
+        keep_checkpoints: how many of the newest to keep.
         progress: show the progress on standard output.
 
     Returns:
@@ -54,46 +67,113 @@ def train(
         excluded).
 
     Raises:
-        ValueError: a setting is out of range, model and tokenizer do not belong together, or the loss is no
-            longer a number.
+        ValueError: a setting is out of range, model and tokenizer do not belong together, the devices cannot share
+            such a batch (see `use_devices`), the loss is no longer a number, or the checkpoints in `run_dir` are of
+            another training.
+        OSError: `run_dir` cannot be written to. The checkpoints that are there stay.
     """
     check_vocabulary(model, tokenizer)
-    if steps < 1 or validations < 1:
-        raise ValueError(f"steps and validations must be at least 1, got {steps} and {validations}.")
+    numbers = {"steps": steps, "validations": validations, "num_microbatches": num_microbatches}
+    for name, value in {**numbers, "keep_checkpoints": keep_checkpoints}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    for name, value in (("checkpoint_minutes", checkpoint_minutes), ("checkpoint_steps", checkpoint_steps)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, or None, got {value}.")
     if not valid_documents:
         raise ValueError("Training needs at least one held-out document to choose the best weights by, got none.")
+    batch_size, context = train_data.element_spec[0].shape
+    _check_batch(batch_size, num_microbatches)
+    settings = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "clip_norm": clip_norm}
+    settings |= {"num_microbatches": num_microbatches}
     steps_per_validation = math.ceil(steps / validations)
-    schedule = compile_model(model, steps, learning_rate, weight_decay, clip_norm)
-    tokens_per_step = math.prod(train_data.element_spec[0].shape)
-    display = _Display() if progress else _NoDisplay()
-    validation = _Validation(scorer(model), tokenizer, valid_documents, schedule, steps, tokens_per_step, display)
-    callbacks = [validation]
+    schedule = compile_model(model, **settings)
+    display = Display() if progress and is_first_host() else NoDisplay()
+    course = Course(
+        model,
+        tokenizer,
+        valid_documents,
+        schedule,
+        display,
+        steps=steps,
+        steps_per_validation=steps_per_validation,
+        tokens_per_step=batch_size * context,
+        num_microbatches=num_microbatches,
+    )
     if run_dir is not None:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        callbacks += [
-            keras.callbacks.CSVLogger(Path(run_dir, "log.csv")),
-            keras.callbacks.TensorBoard(Path(run_dir, "tensorboard"), write_graph=False),
-        ]
-    with _ctrl_c_stops(validation), fast_training(model, steps * tokens_per_step) as methods:
-        if methods:
-            display.line(f"on this CPU with {' and '.join(methods)}")
-        model.fit(
-            train_data,
-            epochs=math.ceil(steps / steps_per_validation),
-            steps_per_epoch=steps_per_validation,
-            callbacks=callbacks,
-            shuffle=False,  # the data has its order; Keras would warn that it does not shuffle it
-            verbose=0,
+        identity = _identity(model, train_data, tokenizer, valid_documents, {**settings, "validations": validations})
+        course.keep_in(Path(run_dir), identity, checkpoint_minutes, checkpoint_steps, keep_checkpoints)
+    if course.step < steps:
+        if course.step:
+            from_step = getattr(train_data, "from_step", train_data.skip)
+            train_data = from_step(course.step)
+        if num_microbatches > 1:
+            train_data = train_data.rebatch(batch_size // num_microbatches)
+        model.steps_per_execution = num_microbatches * _steps_at_once(
+            steps - course.step, steps_per_validation, checkpoint_steps
         )
-    return validation.history
+        with signals_stop(course), fast_training(model, (steps - course.step) * batch_size * context) as methods:
+            if methods:
+                display.line(f"on this CPU with {' and '.join(methods)}")
+            model.fit(
+                train_data,
+                steps_per_epoch=(steps - course.step) * num_microbatches,
+                callbacks=[course],
+                shuffle=False,  # the data has its order; Keras would warn that it does not shuffle it
+                verbose=0,
+            )
+    if course.best_weights:
+        model.set_weights(course.best_weights)
+    return course.history
+
+
+def _check_batch(batch_size: int, num_microbatches: int) -> None:
+    if batch_size % num_microbatches:
+        raise ValueError(f"A batch of {batch_size} windows cannot be divided into {num_microbatches} microbatches.")
+    check_distribution(batch_size // num_microbatches)
+    if num_microbatches > 1 and keras.backend.backend() == "tensorflow" and num_replicas() > 1:
+        raise ValueError(
+            "Keras on TensorFlow cannot add up gradients of microbatches on several devices. Train with "
+            "num_microbatches=1, or with KERAS_BACKEND=jax."
+        )
+
+
+def _steps_at_once(*numbers: int | None) -> int:
+    """Choose how many steps an accelerator takes without a look from Python: a divisor of the numbers, up to 16."""
+    if not uses_accelerator() or (keras.backend.backend() == "tensorflow" and num_replicas() > 1):  # Keras cannot
+        return 1
+    return math.gcd(16, *(n for n in numbers if n is not None))
+
+
+def _identity(model, train_data, tokenizer, valid_documents, settings: dict) -> dict:
+    """Tell a training from others: what must be the same for it to go on."""
+    describe_data = getattr(train_data, "identity", dict)
+    layers = {}
+    for i, layer in enumerate(model.layers):
+        config = layer.get_config()
+        # Keras numbers the layers that nobody named, over all models of a process.
+        layers[f"layer {i} ({type(layer).__name__})"] = {key: config[key] for key in config if key != "name"}
+    return {
+        "backend": keras.backend.backend(),
+        "tokenizer": tokenizer.fingerprint,
+        "training data": {"shape of a batch": list(train_data.element_spec[0].shape), **describe_data()},
+        "held-out documents": documents_sha256(valid_documents),
+        **settings,
+        "model": layers,
+    }
 
 
 def compile_model(
-    model: keras.Model, steps: int, learning_rate: float = 1e-3, weight_decay: float = 0.1, clip_norm: float = 1.0
+    model: keras.Model,
+    steps: int,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.1,
+    clip_norm: float = 1.0,
+    num_microbatches: int = 1,
 ) -> keras.optimizers.schedules.LearningRateSchedule:
     """Give a model the loss and the optimizer that `train` uses, and return the schedule of its learning rate."""
     schedule = _schedule(learning_rate, steps)
-    model.compile(_optimizer(schedule, weight_decay, clip_norm), _loss())
+    model.compile(_optimizer(schedule, weight_decay, clip_norm, num_microbatches), _loss())
     return schedule
 
 
@@ -104,129 +184,37 @@ def _schedule(learning_rate: float, steps: int):
     )
 
 
-def _optimizer(schedule, weight_decay: float, clip_norm: float):
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=weight_decay, beta_2=0.95, global_clipnorm=clip_norm)
+def _optimizer(schedule, weight_decay: float, clip_norm: float, num_microbatches: int = 1):
+    settings = {"weight_decay": weight_decay, "beta_2": 0.95, "global_clipnorm": clip_norm}
+    if num_microbatches > 1:
+        schedule = _OfMicrobatches(schedule, num_microbatches)
+        settings["gradient_accumulation_steps"] = num_microbatches
+    is_shared = keras.backend.backend() == "tensorflow" and num_replicas() > 1
+    optimizer = (ClippedTogether if is_shared else keras.optimizers.AdamW)(schedule, **settings)
     # By name, since the biases of attention have two axes. TensorFlow's names end with ":0".
     optimizer.exclude_from_weight_decay(var_names=["(bias|gamma|beta)(:0)?$"])
     return optimizer
 
 
+class _OfMicrobatches(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule of updates for Keras' optimizers, which ask at the number of microbatches."""
+
+    def __init__(self, schedule, num_microbatches: int):
+        self.schedule, self.num_microbatches = schedule, num_microbatches
+
+    def __call__(self, step):
+        return self.schedule(step // self.num_microbatches)
+
+
+class ClippedTogether(keras.optimizers.AdamW):
+    """Clip the sum of all devices' gradients, where Keras on TensorFlow would clip each device's own."""
+
+    def _clip_gradients(self, gradients):
+        context = tf.distribute.get_replica_context()
+        together = context.all_reduce(tf.distribute.ReduceOp.SUM, [tf.convert_to_tensor(g) for g in gradients])
+        # The update adds them up once more.
+        return [g / context.num_replicas_in_sync for g in super()._clip_gradients(together)]
+
+
 def _loss():
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
-@contextlib.contextmanager
-def _ctrl_c_stops(validation: "_Validation"):
-    """Turn the first Ctrl-C into an end of training after the step in hand; the second is the usual one."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-
-    def stop(signum, frame):
-        signal.signal(signal.SIGINT, previous)
-        validation.is_interrupted = True
-
-    previous = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-class _Validation(keras.callbacks.Callback):
-    """Stop after the last step; after each Keras epoch evaluate, keep the best weights, show where it stands."""
-
-    def __init__(self, scoring, tokenizer, documents, schedule, steps, tokens_per_step, display):
-        super().__init__()
-        self.scoring, self.tokenizer, self.documents = scoring, tokenizer, documents
-        self.schedule, self.steps, self.tokens_per_step = schedule, steps, tokens_per_step
-        self.display = display
-        self.history = {k: [] for k in ("step", "loss", "bits_per_char", "learning_rate", "tokens_per_second")}
-        self.best_weights = None
-        self.step = 0
-        self.is_interrupted = False
-
-    def on_train_begin(self, logs=None):
-        self.began = time.perf_counter()
-        self.seconds_validating = 0.0
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.epoch_began, self.epoch_first_step = time.perf_counter(), self.step
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.step += 1
-        # fit() ends an epoch early when told so before a batch ends.
-        if self.step == self.steps or self.is_interrupted:
-            self.model.stop_training = True
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.display.live(f"{self._position()}  loss {logs['loss']:.3f}  {self._speed_and_time_left()}")
-
-    def on_epoch_end(self, epoch, logs=None):
-        ended = time.perf_counter()
-        self._check_is_number("loss", logs["loss"])
-        num_tokens = (self.step - self.epoch_first_step) * self.tokens_per_step
-        logs["val_bits_per_char"] = evaluate_scorer(self.scoring, self.tokenizer, self.documents)["bits_per_char"]
-        self._check_is_number("bits per character on the held-out documents", logs["val_bits_per_char"])
-        logs["learning_rate"] = self._learning_rate()
-        logs["tokens_per_second"] = num_tokens / (ended - self.epoch_began)
-        self.seconds_validating += time.perf_counter() - ended
-        is_best = logs["val_bits_per_char"] < min(self.history["bits_per_char"], default=math.inf)
-        if is_best:
-            self.best_weights = self.model.get_weights()
-        self.history["step"].append(float(self.step))
-        self.history["bits_per_char"].append(logs["val_bits_per_char"])
-        for name in ("loss", "learning_rate", "tokens_per_second"):
-            self.history[name].append(logs[name])
-        self.display.line(
-            f"{self._position()}  loss {logs['loss']:.3f}  held-out bits/char {logs['val_bits_per_char']:.3f}"
-            f"{' (best)' if is_best else '       '}  {self._speed_and_time_left()}"
-        )
-
-    def on_train_end(self, logs=None):
-        self.model.set_weights(self.best_weights)
-
-    def _check_is_number(self, name: str, value: float) -> None:
-        if not math.isfinite(value):
-            raise ValueError(
-                f"The {name} became {value} at step {self.step} with a learning rate of "
-                f"{self._learning_rate():.3g}. Train again with a lower one."
-            )
-
-    def _learning_rate(self) -> float:
-        return float(self.schedule(self.step - 1))
-
-    def _position(self) -> str:
-        return f"step {self.step:>{len(str(self.steps))}}/{self.steps}"
-
-    def _speed_and_time_left(self) -> str:
-        seconds = time.perf_counter() - self.began
-        tokens_per_second = self.step * self.tokens_per_step / (seconds - self.seconds_validating)
-        left = round(seconds / self.step * (self.steps - self.step))
-        return f"{tokens_per_second:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
-
-
-class _Display:
-    """Show lines that stay, and in a terminal or a notebook one in between that is overwritten."""
-
-    def __init__(self):
-        self.is_live = sys.stdout.isatty() or "ipykernel" in sys.modules
-        self.last_shown, self.width = 0.0, 0
-
-    def live(self, text: str) -> None:
-        if self.is_live and time.perf_counter() - self.last_shown > 0.2:
-            self.last_shown = time.perf_counter()
-            self._show(text, "\r")
-
-    def line(self, text: str) -> None:
-        self._show(text, "\n")
-
-    def _show(self, text: str, end: str) -> None:
-        print(text.ljust(self.width), end=end, flush=True)
-        self.width = len(text) if end == "\r" else 0
-
-
-class _NoDisplay:
-    def live(self, text: str) -> None: ...
-
-    def line(self, text: str) -> None: ...

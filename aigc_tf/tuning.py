@@ -16,8 +16,8 @@ from pathlib import Path
 from .devices import tf
 from .files import write_json
 from .pipeline import SETTINGS, run_pipeline
-from .saving import documents_sha256
 from .search_space import TYPES, check_space
+from .text import documents_sha256
 
 _TRIALS, _BEST = "trials.json", "best"
 _RANDOM_TRIALS = 5  # before the Gaussian process is asked

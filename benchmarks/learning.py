@@ -30,7 +30,7 @@ RATES = {"transformer": 1e-3, "lstm": 3e-3, "torch": 1e-3}
 SYSTEMS = ("lstm", "lstm-random", "transformer", "transformer-random", "torch", "5-gram")
 VOCAB_SIZE = {"tang": 12_000}
 NUM_VALID = 1_500  # of the held-out documents, at most
-WARMUP_STEPS, TIMED_STEPS = 4, 12
+WARMUP_STEPS, TIMED_STEPS = 10, 60
 
 
 def main() -> None:

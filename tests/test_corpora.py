@@ -15,7 +15,7 @@ from conftest import message_of
 from aigc_tf import corpora, load_documents
 from aigc_tf.corpora import CORPORA, load_corpus
 from aigc_tf.files import shipped_file
-from aigc_tf.saving import documents_sha256
+from aigc_tf.text import documents_sha256
 
 TEXTS = ["\ufeff第一条　为了２０２６年。\r\n", "第二条\u200b", "第二条", "", " \n"]
 FILE = "tiny_corpus/data/texts.json"

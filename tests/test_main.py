@@ -1,7 +1,11 @@
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -54,6 +58,33 @@ def test_train_shows_progress_and_figures(corpus, tmp_path, capsys):
     assert re.search(r"bits_per_char +\d", out)
     assert "bits_per_char of frequency" in out
     assert str(tmp_path / "run") in out
+
+
+def test_the_same_command_goes_on_with_a_training_that_was_stopped(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", str(corpus), *SMALL, "--steps", "1000000", "--checkpoint-steps", "3"]
+    steps = []
+
+    def stop_in_training():
+        def checkpoints():
+            return set(tmp_path.rglob("step-*.npz"))
+
+        before = checkpoints()
+        while not checkpoints() - before:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for _ in range(2):  # without --out: it finds its folder again
+        threading.Thread(target=stop_in_training).start()
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        steps.append(int(re.search(r"stopped after (\d+) of 1000000 steps; what was learned is kept", out)[1]))
+    assert f"goes on after step {steps[0]:,}, kept in runs" in out
+    assert 0 < steps[0] < steps[1]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [f"{corpus.stem}-transformer"]
+    message = only_error(capsys, [*arguments, "--learning-rate", "0.5"])
+    assert "learning_rate was 0.001, is 0.5" in message
+    assert "name another folder" in message
 
 
 def test_prose_trains_with_words(tmp_path, documents, capsys):

@@ -65,7 +65,7 @@ def test_the_python_example_prints_what_the_readme_says(tmp_path, monkeypatch):
 
 def test_every_command_of_the_readme_is_one():
     commands = [line for block in blocks("bash") for line in re.findall(r"aigc-tf [^#\n]+", block)]
-    assert len(commands) == 10
+    assert len(commands) == 12
     for command in commands:
         make_parser().parse_args(shlex.split(command)[1:])
 
