@@ -108,7 +108,6 @@ class Course(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.arrays:
-            self.model.optimizer.build(self.model.trainable_variables)
             for kind, variables in self._variables().items():
                 for variable, value in zip(variables, self.arrays[kind], strict=True):
                     variable.assign(value)

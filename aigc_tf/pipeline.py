@@ -5,7 +5,7 @@ import os
 
 from .checkpoints import delete_checkpoints
 from .dataset import make_dataset, make_store
-from .distribution import known_precision, num_replicas
+from .distribution import is_first_host, known_precision, num_replicas
 from .estimation import memory_warning
 from .evaluation import baselines, evaluate
 from .generation import generate
@@ -97,7 +97,7 @@ def run_pipeline(
     """
     given = locals()
     settings = {name: given[name] for name in SETTINGS}
-    show = print if progress else _show_nothing
+    show = print if progress and is_first_host() else _show_nothing
     if user_dict and unit != "word":
         raise ValueError('user_dict is for unit="word": characters need no dictionary.')
     settings["user_dict"] = user_dict = as_user_dict(user_dict)
@@ -186,7 +186,7 @@ def run_pipeline(
         baselines=simpler,
         sample=sample,
     )
-    if steps_done == steps:
+    if steps_done == steps and is_first_host():
         delete_checkpoints(folder)
     return figures
 

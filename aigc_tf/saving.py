@@ -22,7 +22,8 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
     """Write a run folder: `model.keras`, `tokenizer.json` and `run.json`.
 
     The files of an earlier run in the folder are replaced at the end, when all of the new ones are
-    written. `model.keras` holds the weights without the optimizer, and loads in plain Keras too.
+    written. `model.keras` holds the weights without the optimizer, and loads in plain Keras too. Where several
+    hosts train together, the first one writes.
 
     Args:
         path: the folder; it is made if need be, and other files in it stay.
@@ -35,8 +36,11 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         ValueError: model and tokenizer do not belong together.
     """
     from .devices import keras
+    from .distribution import is_first_host
 
     check_vocabulary(model, tokenizer)
+    if not is_first_host():
+        return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -108,7 +108,7 @@ def train(
             from_step = getattr(train_data, "from_step", train_data.skip)
             train_data = from_step(course.step)
         if num_microbatches > 1:
-            train_data = train_data.rebatch(batch_size // num_microbatches)
+            train_data = train_data.rebatch(batch_size // num_microbatches, drop_remainder=True)
         model.steps_per_execution = num_microbatches * _steps_at_once(
             steps - course.step, steps_per_validation, checkpoint_steps
         )
@@ -174,6 +174,8 @@ def compile_model(
     """Give a model the loss and the optimizer that `train` uses, and return the schedule of its learning rate."""
     schedule = _schedule(learning_rate, steps)
     model.compile(_optimizer(schedule, weight_decay, clip_norm, num_microbatches), _loss())
+    # Not left to the first step: the order of its variables, in which checkpoints have them, would be another there.
+    model.optimizer.build(model.trainable_variables)
     return schedule
 
 

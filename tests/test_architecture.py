@@ -48,7 +48,7 @@ ALLOWED = {
         "beams", "decoding", "devices", "forcing", "loop", "sampler", "sampling", "texts", "tokenizer",
     },
     "live": set(),
-    "saving": {"devices", "files", "tokenizer", "weights"},
+    "saving": {"devices", "distribution", "files", "tokenizer", "weights"},
     "hardware": {"devices"},
     "estimation": {"devices", "distribution", "fast_training", "hardware", "models", "sizes", "training"},
     "pipeline": {

@@ -156,6 +156,18 @@ def test_checkpoints_change_nothing(build, documents, tokenizer, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_scale_of_the_loss_goes_on_too(build, documents, tokenizer, tmp_path):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        expected = state_of(*run(build, documents, tokenizer, tmp_path, keep_checkpoints=9), tmp_path)
+        for path in list_checkpoints(tmp_path / "checkpoints")[1:]:
+            path.unlink()
+        require_equal(state_of(*run(build, documents, tokenizer, tmp_path, keep_checkpoints=9), tmp_path), expected)
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
 def test_data_of_another_origin_is_read_again(build, documents, tokenizer, tmp_path):
     def run_on(folder):
         model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.3, seed=1)
