@@ -53,7 +53,7 @@ for name, devices, settings, *architectures in jobs:
 
 
 def run(tmp_path, documents, *jobs, num_devices=2):
-    """Start a process that does some jobs: each a name, arguments of `use_devices`, settings of `train`, architectures."""
+    """Start a process that does jobs: each a name, arguments of `use_devices`, settings of `train`, architectures."""
     (tmp_path / "texts").write_text("\n\n".join(documents))
     arguments = [str(num_devices), str(tmp_path / "texts"), str(tmp_path), json.dumps(jobs)]
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *arguments]
