@@ -67,13 +67,17 @@ class Course(keras.callbacks.Callback):
         num_microbatches,
     ):
         super().__init__()
+        self.language_model = model
         self.scoring, self.tokenizer, self.documents = scorer(model), tokenizer, documents
         self.schedule, self.display = schedule, display
         self.steps, self.steps_per_validation = steps, steps_per_validation
         self.tokens_per_step, self.num_microbatches = tokens_per_step, num_microbatches
         self.history = {k: [] for k in ("step", "loss", "bits_per_char", "learning_rate", "tokens_per_second")}
         self.best_weights = []
-        self.step = 0
+        self.step, self.phase_end = 0, steps
+        self.began = None
+        self.seconds_aside = self.seconds_writing = 0.0
+        self.has_told = False
         self.received = None  # the signal to stop by
         self.arrays = None  # of the checkpoint to go on after
         self.newest_checkpoint = None
@@ -98,12 +102,18 @@ class Course(keras.callbacks.Callback):
             self._write_log()
             self.summaries = tf.summary.create_file_writer(str(run_dir / "tensorboard"))
 
+    def tell(self, methods: list[str]) -> None:
+        """Show what is done to be fast, unless it was shown before."""
+        if methods and not self.has_told:
+            self.display.line(f"on this CPU with {' and '.join(methods)}")
+        self.has_told = True
+
     def _variables(self) -> dict:
-        model = self.model
+        trained, model = self.model, self.language_model  # on JAX the first brings the weights of both up to date
         return {
             "variables": model.variables,  # weights, and the states of what draws at random
             "optimizer": model.optimizer.variables,
-            "metrics": model.metrics_variables,  # the sum of the losses since the last validation
+            "metrics": trained.metrics_variables,  # the sum of the losses since the last validation
         }
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -112,9 +122,10 @@ class Course(keras.callbacks.Callback):
                 for variable, value in zip(variables, self.arrays[kind], strict=True):
                     variable.assign(value)
             self.arrays = None
-        self.began = self.interval_began = self.checkpoint_ended = self.looked = time.perf_counter()
-        self.first_step = self.interval_first_step = self.step
-        self.seconds_aside = self.seconds_writing = 0.0
+        self.first_step = self.step
+        if self.began is None:
+            self.began = self.interval_began = self.checkpoint_ended = self.looked = time.perf_counter()
+            self.begin_step = self.interval_first_step = self.step
 
     def _write_checkpoint(self) -> None:
         began = time.perf_counter()
@@ -157,6 +168,8 @@ class Course(keras.callbacks.Callback):
             self._check_is_number("loss", float(logs["loss"]))
             self.display.live(f"{self._position()}  loss {logs['loss']:.3f}  {self._speed_and_time_left()}")
             self.looked = time.perf_counter()
+        if self.step == self.phase_end:
+            self.model.reset_metrics()  # the next phase begins with none, also where it goes on after a checkpoint
         if self._is_checkpoint_due() or (self.received and self.folder):
             self._write_checkpoint()
         if self.received:
@@ -168,12 +181,12 @@ class Course(keras.callbacks.Callback):
     def _validate(self, logs) -> None:
         ended, loss = time.perf_counter(), float(logs["loss"])
         self._check_is_number("loss", loss)
-        model = self.model  # on JAX this brings the weights up to date
+        trained = self.model  # on JAX this brings the weights up to date
         bits = evaluate_scorer(self.scoring, self.tokenizer, self.documents)["bits_per_char"]
         self._check_is_number("bits per character on the held-out documents", bits)
         is_best = bits < min(self.history["bits_per_char"], default=math.inf)
         if is_best:
-            self.best_weights = model.get_weights()
+            self.best_weights = self.language_model.get_weights()
         num_tokens = (self.step - self.interval_first_step) * self.tokens_per_step
         speed = num_tokens / (ended - self.interval_began)
         row = {
@@ -196,7 +209,7 @@ class Course(keras.callbacks.Callback):
                 for name in list(row)[1:]:
                     tf.summary.scalar(name, row[name], self.step)
             self.summaries.flush()
-        model.reset_metrics()
+        trained.reset_metrics()
         self.interval_began, self.interval_first_step = time.perf_counter(), self.step
 
     def _write_log(self) -> None:
@@ -221,7 +234,7 @@ class Course(keras.callbacks.Callback):
         return f"step {self.step:>{len(str(self.steps))}}/{self.steps}"
 
     def _speed_and_time_left(self) -> str:
-        seconds, done = time.perf_counter() - self.began, self.step - self.first_step
+        seconds, done = time.perf_counter() - self.began, self.step - self.begin_step
         tokens_per_second = done * self.tokens_per_step / (seconds - self.seconds_aside)
         left = round(seconds / done * (self.steps - self.step))
         return f"{tokens_per_second:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"

@@ -68,6 +68,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--num-microbatches", type=int, default=1, metavar="N", help="compute a batch in N parts, to save memory"
     )
+    train.add_argument(
+        "--num-candidates", type=int, metavar="C", help="tokens that the softmax runs over in most steps, to save time"
+    )
     train.add_argument("--checkpoint-minutes", type=float, default=5.0, metavar="M", help="minutes between checkpoints")
     train.add_argument("--checkpoint-steps", type=int, metavar="N", help="steps between checkpoints")
     train.add_argument("--keep-checkpoints", type=int, default=2, metavar="K", help="how many of the newest to keep")

@@ -42,6 +42,7 @@ def run_pipeline(
     weight_decay: float = 0.1,
     validations: int = 10,
     num_microbatches: int = 1,
+    num_candidates: int | None = None,
     precision: str = "auto",
     seed: int = 0,
     checkpoint_minutes: float | None = 5.0,
@@ -79,6 +80,7 @@ def run_pipeline(
         weight_decay: see `train`.
         validations: see `train`.
         num_microbatches: see `train`.
+        num_candidates: see `train`.
         precision: the dtype policy, "float32", "mixed_bfloat16", "mixed_float16", or "auto" for what the device
             computes best in (see `use_devices`).
         seed: the seed of weights, dropout, order and the first text.
@@ -156,6 +158,7 @@ def run_pipeline(
         weight_decay=weight_decay,
         validations=validations,
         num_microbatches=num_microbatches,
+        num_candidates=num_candidates,
         run_dir=folder,
         checkpoint_minutes=checkpoint_minutes,
         checkpoint_steps=checkpoint_steps,

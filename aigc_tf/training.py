@@ -1,8 +1,11 @@
 """Training: train(), from a model and data to the best weights on held-out documents."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+from .candidates import SHARE_OF_STEPS, candidate_model, draw_candidates
 from .course import Course, Display, NoDisplay, signals_stop
 from .devices import keras, tf, uses_accelerator
 from .distribution import check_distribution, is_first_host, num_replicas
@@ -23,6 +26,7 @@ def train(
     clip_norm: float = 1.0,
     validations: int = 10,
     num_microbatches: int = 1,
+    num_candidates: int | None = None,
     run_dir=None,
     checkpoint_minutes: float | None = 5.0,
     checkpoint_steps: int | None = None,
@@ -54,6 +58,10 @@ def train(
         validations: how often to evaluate on the held-out documents, the end included.
         num_microbatches: in how many parts to compute a batch, one after the other: the same training in less
             memory, as their gradients are added up.
+        num_candidates: over how many tokens the softmax runs in the first nine tenths of the steps, or None for all:
+            those that a batch predicts, and others drawn by their frequency. With a large vocabulary a step takes
+            less time on a CPU; some one and a half times the tokens of a batch are enough. The "loss" of these
+            steps reads a little low. For data of `make_dataset`.
         run_dir: a folder for `log.csv`, TensorBoard's `tensorboard/` and `checkpoints/`, or None.
         checkpoint_minutes: how long to train between two checkpoints, or None. Where writing one takes long, it
             is longer: 50 times that.
@@ -84,8 +92,9 @@ def train(
         raise ValueError("Training needs at least one held-out document to choose the best weights by, got none.")
     batch_size, context = train_data.element_spec[0].shape
     _check_batch(batch_size, num_microbatches)
+    _check_candidates(num_candidates, train_data, batch_size * context // num_microbatches, tokenizer.vocab_size)
     settings = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "clip_norm": clip_norm}
-    settings |= {"num_microbatches": num_microbatches}
+    settings["num_microbatches"] = num_microbatches
     steps_per_validation = math.ceil(steps / validations)
     schedule = compile_model(model, **settings)
     display = Display() if progress and is_first_host() else NoDisplay()
@@ -101,30 +110,74 @@ def train(
         num_microbatches=num_microbatches,
     )
     if run_dir is not None:
-        identity = _identity(model, train_data, tokenizer, valid_documents, {**settings, "validations": validations})
+        others = {"validations": validations, "num_candidates": num_candidates}
+        identity = _identity(model, train_data, tokenizer, valid_documents, {**settings, **others})
         course.keep_in(Path(run_dir), identity, checkpoint_minutes, checkpoint_steps, keep_checkpoints)
-    if course.step < steps:
-        if course.step:
-            from_step = getattr(train_data, "from_step", train_data.skip)
-            train_data = from_step(course.step)
-        if num_microbatches > 1:
-            train_data = train_data.rebatch(batch_size // num_microbatches, drop_remainder=True)
-        model.steps_per_execution = num_microbatches * _steps_at_once(
-            steps - course.step, steps_per_validation, checkpoint_steps
-        )
-        with signals_stop(course), fast_training(model, (steps - course.step) * batch_size * context) as methods:
-            if methods:
-                display.line(f"on this CPU with {' and '.join(methods)}")
-            model.fit(
-                train_data,
-                steps_per_epoch=(steps - course.step) * num_microbatches,
-                callbacks=[course],
-                shuffle=False,  # the data has its order; Keras would warn that it does not shuffle it
-                verbose=0,
-            )
+    for phase in phases(model, train_data, steps, num_candidates):
+        if course.step < phase.end and not course.received:
+            _run_phase(phase, course, train_data, batch_size, num_microbatches, checkpoint_steps)
     if course.best_weights:
         model.set_weights(course.best_weights)
     return course.history
+
+
+class Phase(NamedTuple):
+    """A part of a training.
+
+    Attributes:
+        model: what is trained, compiled; it has the weights of the language model.
+        prepare: from data from a batch on, and the number of that batch, to what the model takes.
+        end: the last step.
+    """
+
+    model: keras.Model
+    prepare: Callable[[tf.data.Dataset, int], tf.data.Dataset]
+    end: int
+
+
+def phases(model: keras.Model, data: tf.data.Dataset, steps: int, num_candidates: int | None) -> list[Phase]:
+    """Divide the training of a compiled model: the steps among candidates, if any, then those among all tokens."""
+    among_all = Phase(model, lambda data, first: data, steps)
+    if num_candidates is None:
+        return [among_all]
+    among_candidates = candidate_model(model, num_candidates)
+    among_candidates.compile(model.optimizer, _loss())
+    draw = draw_candidates(data.counts(), num_candidates)
+    return [Phase(among_candidates, draw, int(SHARE_OF_STEPS * steps)), among_all]
+
+
+def _run_phase(
+    phase: Phase, course: Course, train_data, batch_size: int, num_microbatches: int, checkpoint_steps
+) -> None:
+    first, num_steps = course.step, phase.end - course.step
+    course.phase_end = phase.end
+    data = getattr(train_data, "from_step", train_data.skip)(first) if first else train_data
+    if num_microbatches > 1:
+        data = data.rebatch(batch_size // num_microbatches, drop_remainder=True)
+    at_once = _steps_at_once(num_steps, course.steps_per_validation, checkpoint_steps)
+    phase.model.steps_per_execution = num_microbatches * at_once
+    with signals_stop(course), fast_training(phase.model, num_steps * course.tokens_per_step) as methods:
+        course.tell(methods)
+        phase.model.fit(
+            phase.prepare(data, first * num_microbatches),
+            steps_per_epoch=num_steps * num_microbatches,
+            callbacks=[course],
+            shuffle=False,  # the data has its order; Keras would warn that it does not shuffle it
+            verbose=0,
+        )
+
+
+def _check_candidates(number: int | None, data, tokens_per_batch: int, vocab_size: int) -> None:
+    if number is None:
+        return
+    least = min(tokens_per_batch, vocab_size)
+    if not least <= number <= vocab_size:
+        raise ValueError(
+            f"num_candidates must be from {least}, the tokens of a batch, to {vocab_size}, those of the vocabulary, "
+            f"got {number}."
+        )
+    if num_replicas() > 1 or not hasattr(data, "counts"):
+        raise ValueError("num_candidates is for one device, and for data of make_dataset.")
 
 
 def _check_batch(batch_size: int, num_microbatches: int) -> None:

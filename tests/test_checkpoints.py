@@ -130,16 +130,24 @@ def require_equal(one, two):
     assert one[1] == two[1]
 
 
-def test_from_each_checkpoint_it_goes_on_to_the_same_end(build, documents, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [
+        ((1, 4, 7, 12), {}),  # before, at and after a validation; the end
+        ((7, 10, 11), {"num_candidates": 100}),  # and of the steps among candidates, of which the tenth is the last
+        ((7,), {"num_microbatches": 2}),
+    ],
+)
+def test_from_each_checkpoint_it_goes_on_to_the_same_end(build, documents, tokenizer, tmp_path, steps, settings):
     whole = tmp_path / "whole"
-    model, history = run(build, documents, tokenizer, whole, keep_checkpoints=99)
+    model, history = run(build, documents, tokenizer, whole, keep_checkpoints=99, **settings)
     expected = state_of(model, history, whole)
     assert len(list_checkpoints(whole / "checkpoints")) == 12
-    for step in (1, 4, 7, 12):  # before, at and after a validation; the end
+    for step in steps:
         part = tmp_path / f"part-{step}"
         (part / "checkpoints").mkdir(parents=True)
         shutil.copy(list_checkpoints(whole / "checkpoints")[step - 1], part / "checkpoints")
-        require_equal(state_of(*run(build, documents, tokenizer, part), part), expected)
+        require_equal(state_of(*run(build, documents, tokenizer, part, **settings), part), expected)
         assert (part / "log.csv").read_text().splitlines()[
             0
         ] == "step,loss,bits_per_char,learning_rate,tokens_per_second"

@@ -1,0 +1,98 @@
+"""Candidates: a softmax over a part of the vocabulary, which learns what that over all learns."""
+
+import numpy as np
+import pytest
+from conftest import message_of, spread
+
+from aigc_tf import lstm, make_dataset, train
+from aigc_tf.candidates import _log_expected, candidate_model, draw_candidates
+from aigc_tf.devices import keras, tf
+
+T, V = 20, 298
+
+
+@pytest.fixture
+def counts():
+    return np.random.default_rng(0).integers(0, 200, V) ** 2
+
+
+def test_what_is_expected_is_how_often_a_token_is_drawn(counts):
+    log_frequency = np.log((counts + 0.5) / (counts + 0.5).sum())
+    expected = np.exp(_log_expected(log_frequency, 60))
+    assert expected.sum() == pytest.approx(60, rel=1e-4)
+    draw = draw_candidates(counts, 60)
+    targets = np.full((500, 1, 1), counts.argmin(), np.int32)
+    data = draw(tf.data.Dataset.from_tensor_slices((targets, targets)), 0)
+    drawn = np.bincount(np.concatenate([x[1] for x, _ in data.as_numpy_iterator()]), minlength=V) / 500
+    by_chance = np.arange(V) != counts.argmin()
+    assert abs(drawn - expected)[by_chance].max() < 0.1
+    assert np.corrcoef(drawn[by_chance], expected[by_chance])[0, 1] > 0.98
+
+
+def test_the_targets_of_a_batch_are_among_its_candidates_and_it_is_a_function_of_its_number(counts):
+    targets = np.random.default_rng(1).integers(0, V, (6, 4, T)).astype(np.int32)
+    data = tf.data.Dataset.from_tensor_slices((targets, targets))
+    draw = draw_candidates(counts, 90)
+    batches = list(draw(data, 0).as_numpy_iterator())
+    for batch, ((inputs, candidates, expected), places) in zip(targets, batches, strict=True):
+        np.testing.assert_array_equal(inputs, batch)
+        np.testing.assert_array_equal(candidates[places], batch)
+        assert len(set(candidates.tolist())) == 90
+        assert (expected <= 0).all()
+    for (x, y), (x_again, y_again) in zip(draw(data.skip(2), 2).as_numpy_iterator(), batches[2:], strict=True):
+        for a, b in zip((*x, y), (*x_again, y_again), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(batches[0][0][1], batches[1][0][1])
+
+
+def test_its_logits_are_those_of_the_model(build):
+    model = spread(build(V, T, dropout=0.0))
+    number_of_weights = len(model.weights)
+    among = candidate_model(model, 50)
+    ids = np.random.default_rng(0).integers(0, V, (3, T)).astype(np.int32)
+    candidates = np.random.default_rng(1).permutation(V)[:50].astype(np.int32)
+    expected = np.linspace(-3, 0, 50, dtype=np.float32)
+    logits = keras.ops.convert_to_numpy(among([ids, candidates, expected]))
+    all_logits = keras.ops.convert_to_numpy(model(ids))
+    np.testing.assert_allclose(logits, all_logits[..., candidates] - expected, rtol=1e-4, atol=1e-4)
+    assert {id(weight) for weight in among.weights} == {id(weight) for weight in model.weights}
+    assert len(model.weights) == number_of_weights
+
+
+def test_with_all_tokens_as_candidates_it_learns_the_same(build, documents, tokenizer):
+    losses = []
+    for number in (None, tokenizer.vocab_size):
+        model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.0, seed=1)
+        data = make_dataset(documents, tokenizer, T, 4, seed=0)
+        history = train(
+            model, data, tokenizer, documents[:9], steps=10, validations=5, num_candidates=number, progress=False
+        )
+        losses.append([*history["loss"][:4], *history["bits_per_char"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_among_a_part_it_learns_nearly_as_well(build, documents, tokenizer):
+    bits = []
+    for number in (None, 80):
+        model = build(tokenizer.vocab_size, T, num_layers=1, hidden_dim=32, dropout=0.0, seed=1)
+        data = make_dataset(documents, tokenizer, T, 4, seed=0)
+        settings = {"steps": 80, "validations": 1, "learning_rate": 1e-2, "progress": False}
+        history = train(model, data, tokenizer, documents[:9], num_candidates=number, **settings)
+        bits.append(history["bits_per_char"][-1])
+    assert bits[1] == pytest.approx(bits[0], abs=0.3)
+    assert bits[1] < 5
+
+
+def test_what_cannot_be_is_said(build, documents, tokenizer):
+    model = build(tokenizer.vocab_size, T, num_layers=1)
+    data = make_dataset(documents, tokenizer, T, 4, seed=0)
+    valid, settings = documents[:9], {"steps": 2, "progress": False}
+    for number in (79, tokenizer.vocab_size + 1):
+        message = message_of(ValueError, train, model, data, tokenizer, valid, num_candidates=number, **settings)
+        assert "num_candidates must be from 80, the tokens of a batch, to" in message
+    of_another_origin = data.map(lambda x, y: (x, y))
+    message = message_of(ValueError, train, model, of_another_origin, tokenizer, valid, num_candidates=90, **settings)
+    assert "for data of make_dataset" in message
+    untied = lstm(tokenizer.vocab_size, T, hidden_dim=16, tie_embeddings=False)
+    message = message_of(ValueError, train, untied, data, tokenizer, valid, num_candidates=90, **settings)
+    assert "whose head is its token embedding" in message
