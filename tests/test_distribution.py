@@ -24,7 +24,7 @@ import json, os, sys
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
 documents, folder, jobs = open(sys.argv[2]).read().split("\\n\\n"), sys.argv[3], json.loads(sys.argv[4])
 import aigc_tf
-from aigc_tf.devices import keras
+from aigc_tf.devices import keras, tf
 if keras.backend.backend() == "tensorflow":
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * int(sys.argv[1]))
