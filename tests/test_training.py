@@ -47,6 +47,18 @@ def test_it_takes_exactly_the_steps_asked_for(build, documents, tokenizer, steps
     assert {len(values) for values in history.values()} == {len(at)}
 
 
+def test_several_steps_at_once_are_the_same_steps(build, documents, tokenizer, monkeypatch, tmp_path):
+    _, history = run(build, documents, tokenizer, steps=16, validations=4)
+    monkeypatch.setattr("aigc_tf.training.uses_accelerator", lambda: True)  # which take them without a look from Python
+    settings = {"run_dir": tmp_path, "checkpoint_steps": 2, "keep_checkpoints": 9}
+    at_once, same = run(build, documents, tokenizer, steps=16, validations=4, **settings)
+    assert at_once.steps_per_execution == 2
+    assert same["step"] == history["step"]
+    assert same["bits_per_char"] == pytest.approx(history["bits_per_char"], rel=1e-6)
+    assert same["loss"] == pytest.approx(history["loss"], rel=1e-6)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 8
+
+
 def test_the_best_weights_are_kept(build, documents, tokenizer):
     # Trained on other text than it is validated on, a model gets worse after a while.
     model = build(tokenizer.vocab_size, T, num_layers=1, hidden_dim=64, dropout=0.0)
