@@ -3,16 +3,15 @@
 import functools
 import hashlib
 import json
-import multiprocessing
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from .chunks import map_chunks
 from .files import write_json
 from .segmentation import as_user_dict, segmenter
 
@@ -21,7 +20,6 @@ DEFAULT_VOCAB_SIZE = {"char": 6_000, "word": 20_000}
 _FORMAT = {"format": "aigc_tf tokenizer", "version": 1}
 _FIRST_BYTE = 3
 _FIRST_PIECE = _FIRST_BYTE + 256
-_CHUNK_CHARS = 500_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -96,7 +94,7 @@ class Tokenizer:
         if vocab_size <= _FIRST_PIECE:
             raise ValueError(f"vocab_size must be over {_FIRST_PIECE} (3 special ids and 256 bytes), got {vocab_size}.")
         counts = Counter()
-        for chunk_counts in _map_chunks(tokenizer._count, documents, processes):
+        for chunk_counts in map_chunks(tokenizer._count, documents, processes):
             counts.update(chunk_counts)
         # At equal counts characters go before words, which are made of them, then by code point.
         ranked = sorted(counts, key=lambda piece: (-counts[piece], len(piece), piece))
@@ -140,7 +138,7 @@ class Tokenizer:
         Returns:
             An iterator over `int32` arrays, one a document, in order.
         """
-        return chain.from_iterable(_map_chunks(self._encode_chunk, documents, processes))
+        return chain.from_iterable(map_chunks(self._encode_chunk, documents, processes))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode token ids into text; special ids give nothing, broken UTF-8 gives U+FFFD.
@@ -297,26 +295,3 @@ def complete_characters(data: bytes) -> tuple[str, bytes]:
             characters += "\ufffd"
         data = data[size if valid else 1 :]
     return characters, data
-
-
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Group documents into lists of about `_CHUNK_CHARS` characters."""
-    chunk, size = [], 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document)
-        if size >= _CHUNK_CHARS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _map_chunks(function, documents: Iterable[str], processes: int) -> Iterator:
-    """Apply a function to chunks of documents, in order, in this process or in several."""
-    if processes == 1:
-        yield from map(function, _chunks(documents))
-        return
-    # "spawn" because a fork of a process that runs TensorFlow's threads can hang.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(function, _chunks(documents))

@@ -11,7 +11,7 @@ from conftest import message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aigc_tf import tokenizer as tokenizer_module
+from aigc_tf import chunks
 from aigc_tf.files import read_text, shipped_file
 from aigc_tf.tokenizer import UNITS, Tokenizer
 
@@ -309,20 +309,20 @@ def test_encode_documents_takes_lone_surrogates(tokenizer, text):
 
 
 def test_encode_documents_keeps_the_order_over_chunks(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "_CHUNK_CHARS", 25)
+    monkeypatch.setattr(chunks, "_CHUNK_CHARS", 25)
     documents = [*PROSE, "", "龘", *PROSE]
     assert [ids.tolist() for ids in tokenizer.encode_documents(iter(documents))] == framed(tokenizer, documents)
 
 
 def test_encode_documents_reads_no_more_than_a_chunk_ahead(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "_CHUNK_CHARS", 5)
+    monkeypatch.setattr(chunks, "_CHUNK_CHARS", 5)
     documents = iter(PROSE)
     next(tokenizer.encode_documents(documents))
     assert next(documents) == PROSE[1]
 
 
 def test_two_processes_give_what_one_gives(monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "_CHUNK_CHARS", 25)
+    monkeypatch.setattr(chunks, "_CHUNK_CHARS", 25)
     documents = [*PROSE, "", "龘", *PROSE]
     tokenizer = Tokenizer.train(documents, "word", 300)
     assert same(Tokenizer.train(documents, "word", 300, processes=2), tokenizer)
