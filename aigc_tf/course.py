@@ -138,7 +138,7 @@ class Course(keras.callbacks.Callback):
                 self.folder, self.step, {**arrays, "best": self.best_weights}, record, self.keep
             )
         except OSError as error:
-            reason = f"{error.strerror}: the checkpoint of step {self.step} cannot be written. {self._last_good()}"
+            reason = f"{error.strerror}: the checkpoint of step {self.step} cannot be written. {self._last_good('one')}"
             raise OSError(
                 error.errno, f"{reason} Make room, and train again: it goes on there", str(self.folder)
             ) from None
@@ -153,10 +153,9 @@ class Course(keras.callbacks.Callback):
         is_by_step = self.every_steps is not None and self.step % self.every_steps == 0
         return is_by_step or self.step == self.steps or time.perf_counter() - self.checkpoint_ended > wait
 
-    def _last_good(self) -> str:
-        return (
-            f"The last good one is {self.newest_checkpoint}." if self.newest_checkpoint else "There is none before it."
-        )
+    def _last_good(self, noun: str) -> str:
+        kept = self.newest_checkpoint
+        return f"The last good {noun} is {kept}." if kept else "There is none before it."
 
     # --- steps ---
 
@@ -221,7 +220,7 @@ class Course(keras.callbacks.Callback):
 
     def _check_is_number(self, name: str, value: float) -> None:
         if not math.isfinite(value):
-            kept = f" {self._last_good()}".replace("one", "checkpoint") if self.newest_checkpoint else ""
+            kept = f" {self._last_good('checkpoint')}" if self.newest_checkpoint else ""
             raise ValueError(
                 f"The {name} became {value} at step {self.step} with a learning rate of "
                 f"{self._learning_rate():.3g}.{kept} Train again with a lower one."

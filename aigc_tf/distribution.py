@@ -84,7 +84,10 @@ def use_devices(
     if count % model_parallel:
         raise ValueError(f"count must be a multiple of model_parallel, got {count} and {model_parallel}.")
     devices = devices[:count]
-    (_distribute_jax if is_jax else _distribute_tensorflow)(devices, model_parallel)
+    if is_jax:
+        _distribute_jax(devices, model_parallel)
+    else:
+        _distribute_tensorflow(devices)
     precision = known_precision(precision)
     keras.config.set_dtype_policy(precision)
     kind = re.split("[:/]", devices[0].removeprefix("/device:"))[0].upper()
@@ -214,7 +217,7 @@ def _tensorflow_devices() -> list[str]:
     raise ValueError("TensorFlow shows no device.")
 
 
-def _distribute_tensorflow(devices: list[str], model_parallel: int) -> None:
+def _distribute_tensorflow(devices: list[str]) -> None:
     strategy = tf.distribute.MirroredStrategy(devices) if len(devices) > 1 else None
     tf.distribute.experimental_set_strategy(strategy)
 
