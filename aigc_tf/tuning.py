@@ -43,15 +43,15 @@ def tune(
     are drawn at random, then a Gaussian process over all trials so far proposes where the figure may be
     lowest. Settings are not tried twice; when none are left, the search ends.
 
-    Called again on the same folder, the search goes on after the last finished trial, however it ended.
-    A trial whose settings do not go together, that runs out of memory or diverges is recorded as failed,
-    and the search goes on. Ctrl-C gives up the trial in hand and keeps those before. The figure of the best
-    of many trials is a little too good, as it was chosen by the same documents that measured it.
+    Called again on the same folder, the search goes on, however it ended: with the trial in hand, after its newest
+    checkpoint (see `train`). A trial whose settings do not go together, that runs out of memory or diverges is
+    recorded as failed, and the search goes on. The figure of the best of many trials is a little too good, as it was
+    chosen by the same documents that measured it.
 
     Args:
         documents: the documents, clean (see `load_documents`); the same part is held out in each trial.
         folder: a new folder or that of an earlier call. It gets `trials.json` and, as `best/`, the run
-            folder of the best trial; the run folders of the other trials are deleted.
+            folder of the best trial; the run folders of the others are deleted, but for that of a trial to go on with.
         space: a setting's name to a list, of which one value is chosen, or to a tuple (low, high), a range:
             of integers, or of floats, on a logarithmic scale if low is above 0.
         trials: how many trials to have in the end, those of earlier calls among them.
@@ -63,7 +63,7 @@ def tune(
     Returns:
         One dict a trial, best first and failed last: "trial" (int, from 1), "settings" (those searched;
         without "num_heads" where the model searched is an LSTM), "bits_per_char" (float, None if failed),
-        "seconds" (float), "error" (str, None if it went well).
+        "seconds" (float, since it last went on), "error" (str, None if it went well).
 
     Raises:
         ValueError: the space or the budget is wrong, the folder belongs to another search, KerasTuner is
@@ -110,7 +110,7 @@ def tune(
             if minutes is not None and time.monotonic() - began >= 60 * minutes:
                 break
     except KeyboardInterrupt:
-        show(f"stopped; {len(records)} trials are kept in {folder}, and the same call goes on after them", flush=True)
+        show(f"stopped; {len(records)} trials are kept in {folder}, and the same call goes on", flush=True)
         raise
     if _best(records) is None:
         raise ValueError(
@@ -223,9 +223,6 @@ def _run_trial(documents: list[str], folder: Path, number: int, settings: dict, 
         if not _is_failure_of_settings(caught):
             raise
         bits, error = None, textwrap.shorten(str(caught) or type(caught).__name__, 500, placeholder=" ...")
-    except KeyboardInterrupt:
-        shutil.rmtree(run_folder, ignore_errors=True)
-        raise
     seconds = round(time.monotonic() - began, 3)
     return {"trial": number, "settings": settings, "bits_per_char": bits, "seconds": seconds, "error": error}
 
@@ -278,12 +275,14 @@ def _read_records(folder: Path, search: dict) -> list[dict]:
 
 
 def _keep_best(folder: Path, records: list[dict]) -> None:
-    """Make the best trial's run folder `best`, and delete the others, half-done ones among them.
+    """Make the best trial's run folder `best`, and delete those of the others, but not of the one to go on with.
 
     It does what is still to do: wherever a process was killed, the next call ends in the same state.
     """
     best = _best(records)
     for path in folder.glob("trial-*"):
+        if path.name == f"trial-{len(records) + 1}":
+            continue
         if best and path.name == f"trial-{best['trial']}":
             shutil.rmtree(folder / _BEST, ignore_errors=True)
             os.replace(path, folder / _BEST)

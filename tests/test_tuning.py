@@ -13,6 +13,8 @@ from conftest import message_of
 
 import aigc_tf
 from aigc_tf import tuning
+from aigc_tf.checkpoints import list_checkpoints
+from aigc_tf.course import NoDisplay
 from aigc_tf.devices import keras
 from aigc_tf.pipeline import SETTINGS
 from aigc_tf.search_space import DEFAULT_SPACE, check_space, parse_space
@@ -75,7 +77,7 @@ def test_a_search_goes_on_after_the_last_trial_as_if_never_interrupted(documents
     assert tune(documents, tmp_path / "twice", RATES, trials=1, progress=False, **SMALL) == sorted(
         again, key=lambda trial: trial["bits_per_char"]
     )
-    assert names(tmp_path / "twice") == ["best", "trials.json"]
+    assert names(tmp_path / "twice") == ["best", "trial-5", "trials.json"]  # to go on with, should a call want five
 
 
 def test_minutes_end_the_search_after_the_trial_in_hand(documents, tmp_path):
@@ -301,23 +303,28 @@ def stop_during_trial(documents, folder, number, signum, **fixed):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_search_keeps_its_trials_and_goes_on(documents, tmp_path, signum):
+def test_a_stopped_search_goes_on_with_the_trial_in_hand(documents, tmp_path, monkeypatch, signum):
     folder, fixed = tmp_path / "search", {**SMALL, "steps": 600, "validations": 60}
     code, out, errors = stop_during_trial(documents, folder, 2, signum, **fixed)
     kept = recorded(folder)
     assert [record["trial"] for record in kept] == [1]
-    if signum == signal.SIGKILL:
-        assert names(folder) == ["best", "trial-2", "trials.json"]
-    else:
-        assert names(folder) == ["best", "trials.json"]
+    assert names(folder) == ["best", "trial-2", "trials.json"]
+    newest = [str(path) for path in list_checkpoints(folder / "trial-2" / "checkpoints")]
+    if signum == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
         assert f"stopped; 1 trials are kept in {folder}" in out
         assert code != 0
+        assert len(newest) == 1
+    lines = []
+    monkeypatch.setattr(NoDisplay, "line", lambda self, text: lines.append(text))
     trials = tune(documents, folder, RATES, trials=2, progress=False, **fixed)
+    assert [line.rpartition(" ")[2] for line in lines if line.startswith("goes on after step")] == newest
     assert recorded(folder)[:1] == kept
     assert sorted(trial["trial"] for trial in trials) == [1, 2]
     assert names(folder) == ["best", "trials.json"]
     assert aigc_tf.read_run(folder / "best")["figures"]["bits_per_char"] == trials[0]["bits_per_char"]
+    at_once = tune(documents, tmp_path / "at once", RATES, trials=2, progress=False, **fixed)
+    assert without_seconds(at_once) == without_seconds(trials)
 
 
 @pytest.mark.parametrize("killed", ["before the old best goes", "while it goes", "before the new one comes"])
@@ -325,7 +332,8 @@ def test_wherever_the_best_run_was_being_replaced_the_next_call_ends_it(tmp_path
     records = [{"trial": 1, "bits_per_char": 8.0, "error": None}, {"trial": 2, "bits_per_char": 7.0, "error": None}]
     (tmp_path / "trial-2").mkdir()
     (tmp_path / "trial-2" / "run.json").write_text("second")
-    (tmp_path / "trial-3").mkdir()
+    (tmp_path / "trial-1").mkdir()
+    (tmp_path / "trial-3").mkdir()  # the next one, to go on with
     if killed != "before the new one comes":
         (tmp_path / "best").mkdir()
         if killed == "before the old best goes":
@@ -333,6 +341,6 @@ def test_wherever_the_best_run_was_being_replaced_the_next_call_ends_it(tmp_path
         (tmp_path / "best" / "model.keras").write_text("first")
     for _ in range(2):
         tuning._keep_best(tmp_path, records)
-        assert names(tmp_path) == ["best"]
+        assert names(tmp_path) == ["best", "trial-3"]
         assert names(tmp_path / "best") == ["run.json"]
         assert (tmp_path / "best" / "run.json").read_text() == "second"
