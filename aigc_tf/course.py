@@ -13,7 +13,7 @@ import numpy as np
 
 from .checkpoints import CHECKPOINTS, delete_unfinished, read_newest, require_same, write_checkpoint
 from .devices import keras, tf
-from .distribution import is_first_host, num_hosts
+from .distribution import hosts_are_to_stop, is_first_host, num_hosts
 from .evaluation import evaluate_scorer, scorer
 from .files import write_beside
 
@@ -26,18 +26,22 @@ def signals_stop(course: "Course"):
     """Turn the first Ctrl-C into an end of training after the step in hand; the second is the usual one.
 
     Where there are checkpoints, a SIGTERM, by which many systems announce that they will take the machine away, writes
-    a last one before it ends the process.
+    a last one before it ends the process. Of several hosts, each of these ends all processes at the same step, so that
+    none is left waiting for another.
     """
-    # Signals reach the main thread only; and of several hosts one that stops would leave the others waiting.
-    if threading.current_thread() is not threading.main_thread() or num_hosts() > 1:
+    if threading.current_thread() is not threading.main_thread():  # signals reach that one only
         yield
         return
+    is_alone = num_hosts() == 1
 
     def stop(signum, frame):
         signal.signal(signum, previous[signum])
-        course.received = signum
+        if is_alone:
+            course.received = signum
+        else:
+            signal.raise_signal(signal.SIGTERM)  # see `hosts_are_to_stop`
 
-    signals = [signal.SIGINT, signal.SIGTERM] if course.folder else [signal.SIGINT]
+    signals = [signal.SIGINT, signal.SIGTERM] if course.folder and is_alone else [signal.SIGINT]
     previous = {signum: signal.signal(signum, stop) for signum in signals}
     try:
         yield
@@ -45,7 +49,9 @@ def signals_stop(course: "Course"):
         for signum, handler in previous.items():
             signal.signal(signum, handler)
     if course.received == signal.SIGTERM:
-        signal.raise_signal(signal.SIGTERM)
+        if is_alone:
+            signal.raise_signal(signal.SIGTERM)
+        sys.exit(128 + signal.SIGTERM)  # as a shell says it; JAX says good-bye to the other hosts
 
 
 class Course(keras.callbacks.Callback):
@@ -79,6 +85,7 @@ class Course(keras.callbacks.Callback):
         self.seconds_aside = self.seconds_writing = 0.0
         self.has_told = False
         self.received = None  # the signal to stop by
+        self.looks = 0
         self.arrays = None  # of the checkpoint to go on after
         self.newest_checkpoint = None
 
@@ -161,6 +168,9 @@ class Course(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self.step = self.first_step + (batch + 1) // self.num_microbatches
+        self.looks += 1
+        if hosts_are_to_stop(self.looks):
+            self.received = signal.SIGTERM
         if self.step % self.steps_per_validation == 0 or self.step == self.steps:
             self._validate(logs)
         elif time.perf_counter() - self.looked > 0.2:  # each look waits for the device

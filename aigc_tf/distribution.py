@@ -151,6 +151,21 @@ def is_first_host() -> bool:
     return jax.process_index() == 0
 
 
+def hosts_are_to_stop(look: int) -> bool:
+    """Tell whether one of several hosts received a SIGTERM, at the same look on all of them.
+
+    JAX takes that signal where there are several hosts: it does not end a process.
+
+    Args:
+        look: the number of this look, by one more each time.
+    """
+    if num_hosts() == 1:
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(look)
+
+
 def check_distribution(batch_size: int) -> None:
     """Refuse, before a training begins, what would go wrong in the midst of it, or silently.
 

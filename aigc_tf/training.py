@@ -38,7 +38,8 @@ def train(
     AdamW with a linear warm-up over a twentieth of the steps and a cosine decay to a tenth of
     `learning_rate`; weight decay on matrices and embeddings, not on biases and norms; gradients clipped by
     their global norm. A model built under a mixed precision policy trains in mixed precision. Ctrl-C ends
-    the training early, after a last validation, and keeps what was learned.
+    the training early, after a last validation, and keeps what was learned; on several hosts it ends all
+    processes, with a checkpoint.
 
     With a `run_dir` nothing is lost: the same call again goes on after the newest checkpoint there, however
     the one before it ended, and on a CPU it ends with the weights and the history, bit for bit, that it would

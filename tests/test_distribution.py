@@ -3,15 +3,18 @@
 import importlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from conftest import message_of
 
 from aigc_tf import use_devices
+from aigc_tf.checkpoints import list_checkpoints
 from aigc_tf.devices import keras
 from aigc_tf.distribution import check_distribution, native_precision, num_replicas
 from aigc_tf.training import compile_model
@@ -37,9 +40,10 @@ for name, devices, settings, *architectures in jobs:
         model = build(tokenizer.vocab_size, 20, num_layers=2, hidden_dim=16, dropout=0.0)
         data = aigc_tf.make_dataset(documents, tokenizer, 20, 4, seed=0)
         try:
-            history = aigc_tf.train(model, data, tokenizer, documents[:9], steps=6, validations=3, learning_rate=1e-2,
-                                    clip_norm=0.5, **settings, run_dir=f"{folder}/{name}-{architecture}",
-                                    checkpoint_steps=2, keep_checkpoints=9, progress=False)
+            settings = {"steps": 6, "validations": 3, "checkpoint_steps": 2, **settings}
+            history = aigc_tf.train(model, data, tokenizer, documents[:9], learning_rate=1e-2, clip_norm=0.5,
+                                    **settings, run_dir=f"{folder}/{name}-{architecture}", keep_checkpoints=9,
+                                    progress=False)
         except ValueError as error:
             results[architecture] = str(error)
             continue
@@ -58,6 +62,20 @@ def run(tmp_path, documents, *jobs, num_devices=2):
     arguments = [str(num_devices), str(tmp_path / "texts"), str(tmp_path), json.dumps(jobs)]
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+def two_hosts(tmp_path, documents, settings=None):
+    """Start the two processes of one training."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    hosts = [{"coordinator": coordinator, "num_hosts": 2, "host": host} for host in range(2)]
+    jobs = [("run", host, settings or {}, "transformer") for host in hosts]
+    return [run(tmp_path, documents, job, num_devices=1) for job in jobs]
+
+
+def run_of(process):
+    return results_of(process)["run"]
 
 
 def results_of(process):
@@ -103,25 +121,35 @@ def test_two_hosts_learn_what_one_learns_and_go_on(documents, tmp_path):
     alone = run(tmp_path / "alone", documents, ("run", {"count": 1}, {}, "transformer"), num_devices=1)
     expected = results_of(alone)["run"][1]
 
-    def together():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-        hosts = [{"coordinator": coordinator, "num_hosts": 2, "host": host} for host in range(2)]
-        processes = [
-            run(tmp_path / "together", documents, ("run", host, {}, "transformer"), num_devices=1) for host in hosts
-        ]
-        return [results_of(process)["run"] for process in processes]
-
-    for said, results in together():
+    for said, results in map(run_of, two_hosts(tmp_path / "together", documents)):
         assert said == "2 x CPU, 2 hosts, float32"
         require_close(results, expected)
     checkpoints = sorted((tmp_path / "together" / "run-transformer" / "checkpoints").iterdir())
     assert len(checkpoints) == 3
     for path in checkpoints[1:]:
         path.unlink()
-    for _, results in together():
+    for _, results in map(run_of, two_hosts(tmp_path / "together", documents)):
         require_close(results, expected)
+
+
+@pytest.mark.skipif(not IS_JAX or os.name == "nt", reason="several hosts need JAX, and signals POSIX")
+def test_a_signal_to_one_host_stops_all_with_a_checkpoint(documents, tmp_path):
+    settings = {"steps": 100_000, "validations": 10_000, "checkpoint_steps": None}
+    hosts = two_hosts(tmp_path, documents, settings)
+    try:
+        ends = time.monotonic() + 240
+        log = tmp_path / "run-transformer" / "log.csv"
+        while not (log.exists() and len(log.read_text().splitlines()) > 2):
+            assert all(host.poll() is None for host in hosts)
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+        hosts[1].send_signal(signal.SIGINT)  # of which `train` makes the other, SIGTERM
+        assert [host.wait(60) for host in hosts] == [143, 143]
+    finally:
+        for host in hosts:
+            host.kill()
+            host.communicate()
+    assert len(list_checkpoints(tmp_path / "run-transformer" / "checkpoints")) == 1
 
 
 @pytest.mark.parametrize(
