@@ -68,12 +68,15 @@ def lstm_sequence(x, hidden, cell, kernel, recurrent_kernel, bias):
     dtype, steps = x.dtype, tf.shape(x)[1]
     x = tf.transpose(x, (1, 0, 2))
     before = _of_all_steps(x, kernel) + bias
+    # In the loop the weights stand on the left of a product, where oneDNN takes them as they lie: on the right it would
+    # lay them out anew in each step, which takes as long as the product.
+    turned = tf.transpose(recurrent_kernel)
     first_hidden, first_cell = hidden, tf.cast(cell, tf.float32)
     shapes = [(hidden.shape[0], width * hidden.shape[1]) for width in (4, 1, 1)]
     kept = [_array(t, steps, shape) for t, shape in zip((dtype, tf.float32, dtype), shapes, strict=True)]
 
     def step(t, hidden, cell, *kept):
-        gates, cell, hidden = _step(before[t], tf.matmul(hidden, recurrent_kernel), cell)
+        gates, cell, hidden = _step(before[t], tf.matmul(turned, hidden, transpose_b=True), cell)
         return t + 1, hidden, cell, *(a.write(t, value) for a, value in zip(kept, (gates, cell, hidden), strict=True))
 
     _, last_hidden, last_cell, *kept = _loop(step, steps, (first_hidden, first_cell, *kept))
@@ -87,17 +90,16 @@ def lstm_sequence(x, hidden, cell, kernel, recurrent_kernel, bias):
 
         def step_back(i, d_hidden, d_cell, d_gates):
             t = steps - 1 - i
-            d_hidden += d_hiddens[t]
-            d_gate, d_cell = _step_back(gates[t], cells[t], cells_before[t], d_hidden, d_cell)
-            return i + 1, tf.matmul(d_gate, recurrent_kernel, transpose_b=True), d_cell, d_gates.write(t, d_gate)
+            d_gate, d_cell = _step_back(gates[t], cells[t], cells_before[t], d_hiddens[t], d_hidden, d_cell)
+            return i + 1, tf.matmul(recurrent_kernel, d_gate, transpose_b=True), d_cell, d_gates.write(t, d_gate)
 
         d_last_cell = tf.cast(d_last_cell, tf.float32)
-        _, d_hidden, d_cell, d_gates = _loop(step_back, steps, (d_last_hidden, d_last_cell, d_gates))
+        _, d_hidden, d_cell, d_gates = _loop(step_back, steps, (tf.transpose(d_last_hidden), d_last_cell, d_gates))
         d_gates = d_gates.stack()
         flat = tf.reshape(d_gates, (-1, d_gates.shape[2]))
         return (
             tf.transpose(_of_all_steps(d_gates, tf.transpose(kernel)), (1, 0, 2)),
-            d_hidden,
+            tf.transpose(d_hidden),
             tf.cast(d_cell, dtype),
             *(tf.matmul(tf.reshape(y, (-1, y.shape[2])), flat, transpose_a=True) for y in (x, hiddens_before)),
             tf.cast(tf.reduce_sum(tf.cast(flat, tf.float32), axis=0), dtype),
@@ -121,8 +123,8 @@ def _loop(step, steps, state):
 
 @tf.function(jit_compile=True, autograph=False)
 def _step(x, y, cell):
-    """Return the gates (B, 4 D), the cell state in float32 and the hidden state from both products."""
-    put, forget, candidate, out = tf.split(tf.cast(x, tf.float32) + tf.cast(y, tf.float32), 4, axis=1)
+    """Return the gates (B, 4 D), the cell state in float32 and the hidden state from products x and, turned, y."""
+    put, forget, candidate, out = tf.split(tf.cast(x, tf.float32) + tf.cast(tf.transpose(y), tf.float32), 4, axis=1)
     put, forget, out = tf.sigmoid(put), tf.sigmoid(forget), tf.sigmoid(out)
     candidate = tf.tanh(candidate)
     cell = forget * cell + put * candidate
@@ -131,10 +133,14 @@ def _step(x, y, cell):
 
 
 @tf.function(jit_compile=True, autograph=False)
-def _step_back(gates, cell, cell_before, d_hidden, d_cell):
-    """Return the gradients of the sums that the gates are made of, (B, 4 D), and of the cell state before."""
+def _step_back(gates, cell, cell_before, d_hidden, d_turned, d_cell):
+    """Return the gradients of the sums that the gates are made of, (B, 4 D), and of the cell state before.
+
+    That of the hidden state comes in two parts, from the layer's output and, turned, from the step after.
+    """
     put, forget, candidate, out = tf.split(tf.cast(gates, tf.float32), 4, axis=1)
-    d_hidden, squashed = tf.cast(d_hidden, tf.float32), tf.tanh(cell)
+    d_hidden = tf.cast(d_hidden, tf.float32) + tf.cast(tf.transpose(d_turned), tf.float32)
+    squashed = tf.tanh(cell)
     d_cell += d_hidden * out * (1 - squashed**2)
     d_put = d_cell * candidate * put * (1 - put)
     d_forget = d_cell * cell_before * forget * (1 - forget)
