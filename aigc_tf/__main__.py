@@ -89,7 +89,8 @@ def _estimate(options) -> None:
     documents = _documents(options)
     train_documents, _ = split(documents, options.valid_fraction)
     tokenizer = Tokenizer.train(train_documents, options.unit, options.vocab_size)
-    names = ("context", "batch_size", "steps", "num_layers", "num_heads", "hidden_dim", "dropout", "precision")
+    names = ("context", "batch_size", "steps", "num_layers", "num_heads", "hidden_dim", "dropout", "precision",
+             "num_candidates")  # fmt: skip
     settings = {"vocab_size": tokenizer.vocab_size, **{name: getattr(options, name) for name in names}}
     if warning := memory_warning(options.model, options.size, **settings):
         print(f"warning: {warning}")

@@ -10,6 +10,11 @@ from .devices import keras, tf
 SHARE_OF_STEPS = 0.9  # the last ones run over all tokens
 
 
+def has_tied_head(model: keras.Model) -> bool:
+    """Tell whether a language model's head is its token embedding, as `candidate_model` needs."""
+    return _tied_head(model) is not None
+
+
 def candidate_model(model: keras.Model, number: int) -> keras.Model:
     """Extend a language model to one that predicts among candidates, with the same weights.
 
@@ -28,19 +33,27 @@ def candidate_model(model: keras.Model, number: int) -> keras.Model:
     Source:
         S. Jean et al., "On using very large target vocabulary for neural machine translation" (2015).
     """
-    head = _source_of(model.output)
-    if isinstance(head.operation, keras.layers.Identity):
-        head = _source_of(head.input_tensors[0])
-    embedding = head.operation
-    if not isinstance(embedding, keras.layers.ReversibleEmbedding) or not embedding.tie_weights:
+    head = _tied_head(model)
+    if head is None:
         raise ValueError(
             "num_candidates is for a model whose head is its token embedding, as transformer() and lstm() have."
         )
     candidates = keras.Input(batch_shape=(number,), dtype="int32")
     log_expected = keras.Input(batch_shape=(number,), dtype="float32")
-    among = keras.ops.matmul(head.input_tensors[0], keras.ops.transpose(embedding(candidates)))
+    among = keras.ops.matmul(head.input_tensors[0], keras.ops.transpose(head.operation(candidates)))
     logits = keras.ops.cast(among, "float32") - log_expected
     return keras.Model([model.input, candidates, log_expected], logits)
+
+
+def _tied_head(model):
+    """Return the call of the token embedding that gives a model's logits, or None if something else gives them."""
+    if not hasattr(model, "operations"):  # no graph of layers
+        return None
+    head = _source_of(model.output)
+    if isinstance(head.operation, keras.layers.Identity):
+        head = _source_of(head.input_tensors[0])
+    embedding = head.operation
+    return head if isinstance(embedding, keras.layers.ReversibleEmbedding) and embedding.tie_weights else None
 
 
 def _source_of(tensor):

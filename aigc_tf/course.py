@@ -112,7 +112,7 @@ class Course(keras.callbacks.Callback):
     def tell(self, methods: list[str]) -> None:
         """Show what is done to be fast, unless it was shown before."""
         if methods and not self.has_told:
-            self.display.line(f"on this CPU with {' and '.join(methods)}")
+            self.display.line(f"trains with {', '.join(methods)}")
         self.has_told = True
 
     def _variables(self) -> dict:

@@ -12,7 +12,7 @@ from .fast_training import fast_training
 from .hardware import available_bytes, gpu_watts, process_bytes, processor_joules
 from .models import build
 from .sizes import at_least_1, dimensions
-from .training import compile_model
+from .training import check_candidates, compile_model, phases, usual_candidates
 
 _WARMUP_STEPS = 3  # the first compiles, the next two still warm up
 # What TensorFlow takes beside the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:
@@ -33,6 +33,7 @@ def estimate(
     hidden_dim: int | None = None,
     dropout: float = 0.1,
     precision: str = "auto",
+    num_candidates: int | None = None,
     seconds: float = 10.0,
     watts: float | None = None,
 ) -> dict[str, float]:
@@ -56,6 +57,7 @@ def estimate(
         hidden_dim: see `transformer` and `lstm`.
         dropout: see `transformer` and `lstm`; for the measurement, the formulas take it as given.
         precision: "float32", "mixed_bfloat16", "mixed_float16", or "auto", see `run_pipeline`.
+        num_candidates: see `train`; for the measurement, the formulas tell of steps over all tokens.
         seconds: how long to measure; 0 measures nothing.
         watts: the power that the machine draws while it trains; by default it is read where the system
             tells (RAPL counters of the processor, `nvidia-smi` of a GPU).
@@ -66,8 +68,8 @@ def estimate(
         (AdamW's two moments), "activations_bytes" (kept for the backward pass, logits among them),
         "overhead_bytes" (temporaries, graph, allocator), "runtime_bytes" (this process as it is now), their
         sum "peak_memory_bytes", "generation_bytes_per_text" (KV cache or LSTM state), and
-        "available_memory_bytes". If measured: "step_seconds" (the median), "tokens_per_second", "hours"; and
-        if power is known: "watts", "kilowatt_hours".
+        "available_memory_bytes". If measured: "num_candidates", "step_seconds" (the median; of steps among
+        candidates and others the mean), "tokens_per_second", "hours"; and if power is known: "watts", "kilowatt_hours".
 
     Raises:
         ValueError: a setting is out of range.
@@ -88,6 +90,7 @@ def estimate(
     chosen = dimensions(model, size, **replaced)
     at_least_1(vocab_size=vocab_size, context=context, batch_size=batch_size, steps=steps)
     precision = known_precision(precision)
+    check_candidates(num_candidates or 0, batch_size * context, vocab_size)
     if not seconds >= 0 or (watts is not None and not watts > 0):
         raise ValueError(f"seconds must be at least 0 and watts above 0, got {seconds} and {watts}.")
     count = _count_transformer if model == "transformer" else _count_lstm
@@ -112,8 +115,11 @@ def estimate(
     figures["available_memory_bytes"] = available_bytes()
     if seconds and _fits(figures):
         built = build(model, vocab_size, context, size, **replaced, dropout=dropout, precision=precision)
-        step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, steps, seconds)
+        if num_candidates is None:
+            num_candidates = usual_candidates(built, batch_size * context, vocab_size)
+        step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, steps, num_candidates, seconds)
         del built
+        figures["num_candidates"] = num_candidates
         figures["step_seconds"] = step_seconds
         figures["tokens_per_second"] = batch_size * context / step_seconds
         figures["hours"] = step_seconds * steps / 3600
@@ -184,7 +190,7 @@ def describe(figures: dict[str, float]) -> str:
         label = name.replace("_bytes", "").replace("_", " ")
         if "bytes" in name:
             text = f"{_scaled(value)}B"
-        elif name in ("parameters", "tokens_per_second") or "flops" in name:
+        elif name in ("parameters", "tokens_per_second", "num_candidates") or "flops" in name:
             text = _scaled(value)
         else:
             text = f"{value:.3g}"
@@ -238,16 +244,23 @@ def _fits(figures: dict[str, float]) -> bool:
 
 
 def _measure(
-    model, vocab_size: int, context: int, batch_size: int, steps: int, seconds: float
+    model, vocab_size: int, context: int, batch_size: int, steps: int, num_candidates: int, seconds: float
 ) -> tuple[float, float | None]:
-    """Run training steps on random ids: their median time, and the power read meanwhile."""
+    """Run training steps on random ids: their time, and the power read meanwhile."""
     ids = np.random.default_rng(0).integers(0, vocab_size, (batch_size, context + 1), dtype=np.int32)
     data = tf.data.Dataset.from_tensors((ids[:, :-1], ids[:, 1:])).repeat()
     compile_model(model, steps=1_000_000)
-    timer = _Timer(seconds)
-    with fast_training(model, steps * batch_size * context):
-        model.fit(data, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
-    return statistics.median(timer.step_seconds), timer.watts
+    parts = phases(model, 1000, num_candidates, np.ones(vocab_size))
+    step_seconds, watts, end_before = 0.0, None, 0
+    for phase in parts:
+        timer = _Timer(seconds / len(parts))
+        with fast_training(phase.model, steps * batch_size * context):
+            batches = phase.prepare(data, 0)
+            phase.model.fit(batches, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
+        step_seconds += statistics.median(timer.step_seconds) * (phase.end - end_before) / 1000
+        watts = timer.watts if timer.watts is not None else watts
+        end_before = phase.end
+    return step_seconds, watts
 
 
 class _Timer(keras.callbacks.Callback):

@@ -68,9 +68,6 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--num-microbatches", type=int, default=1, metavar="N", help="compute a batch in N parts, to save memory"
     )
-    train.add_argument(
-        "--num-candidates", type=int, metavar="C", help="tokens that the softmax runs over in most steps, to save time"
-    )
     train.add_argument("--checkpoint-minutes", type=float, default=5.0, metavar="M", help="minutes between checkpoints")
     train.add_argument("--checkpoint-steps", type=int, metavar="N", help="steps between checkpoints")
     train.add_argument("--keep-checkpoints", type=int, default=2, metavar="K", help="how many of the newest to keep")
@@ -196,6 +193,7 @@ def _add_model(command) -> None:
     add("--context", type=int, default=128, metavar="T", help="tokens the model looks back")
     add("--batch-size", type=int, default=16, metavar="B", help="windows in a step")
     add("--steps", type=int, default=2000, metavar="N", help="training steps")
+    add("--num-candidates", type=int, metavar="C", help="tokens that the softmax runs over in most steps, 0 for all")
     add(
         "--precision",
         choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),

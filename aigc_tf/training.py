@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from .candidates import SHARE_OF_STEPS, candidate_model, draw_candidates
+import numpy as np
+
+from .candidates import SHARE_OF_STEPS, candidate_model, draw_candidates, has_tied_head
 from .course import Course, Display, NoDisplay, signals_stop
 from .devices import keras, tf, uses_accelerator
 from .distribution import check_distribution, is_first_host, num_replicas
 from .fast_training import fast_training
+from .optimization import WarmupStableDecay, adamw
 from .text import documents_sha256
 from .tokenizer import Tokenizer, check_vocabulary
 
@@ -35,11 +38,11 @@ def train(
 ) -> dict[str, list[float]]:
     """Train a language model, and leave it with the weights that predicted the held-out documents best.
 
-    AdamW with a linear warm-up over a twentieth of the steps and a cosine decay to a tenth of
-    `learning_rate`; weight decay on matrices and embeddings, not on biases and norms; gradients clipped by
-    their global norm. A model built under a mixed precision policy trains in mixed precision. Ctrl-C ends
-    the training early, after a last validation, and keeps what was learned; on several hosts it ends all
-    processes, with a checkpoint.
+    AdamW with a learning rate that rises to `learning_rate` over the first twentieth of the steps, stays, and falls
+    to zero over the last three tenths, both in a straight line; weight decay on matrices and embeddings, not on
+    biases and norms; gradients clipped by their global norm. A model built under a mixed precision policy trains in
+    mixed precision. Ctrl-C ends the training early, after a last validation, and keeps what was learned; on several
+    hosts it ends all processes, with a checkpoint.
 
     With a `run_dir` nothing is lost: the same call again goes on after the newest checkpoint there, however
     the one before it ended, and on a CPU it ends with the weights and the history, bit for bit, that it would
@@ -59,10 +62,11 @@ def train(
         validations: how often to evaluate on the held-out documents, the end included.
         num_microbatches: in how many parts to compute a batch, one after the other: the same training in less
             memory, as their gradients are added up.
-        num_candidates: over how many tokens the softmax runs in the first nine tenths of the steps, or None for all:
-            those that a batch predicts, and others drawn by their frequency. With a large vocabulary a step takes
-            less time on a CPU; some one and a half times the tokens of a batch are enough. The "loss" of these
-            steps reads a little low. For data of `make_dataset`.
+        num_candidates: over how many tokens the softmax runs in the first nine tenths of the steps: those that a batch
+            predicts, and others drawn by their frequency. With a large vocabulary a step takes less time on a CPU.
+            The "loss" of these steps reads a little low. 0 takes all tokens in all steps; None, on a CPU, as many
+            candidates as a batch has tokens or an eighth of the vocabulary, whichever is more, if that is at most half
+            of it. For one device, and data of `make_dataset`.
         run_dir: a folder for `log.csv`, TensorBoard's `tensorboard/` and `checkpoints/`, or None.
         checkpoint_minutes: how long to train between two checkpoints, or None. Where writing one takes long, it
             is longer: 50 times that.
@@ -93,7 +97,8 @@ def train(
         raise ValueError("Training needs at least one held-out document to choose the best weights by, got none.")
     batch_size, context = train_data.element_spec[0].shape
     _check_batch(batch_size, num_microbatches)
-    _check_candidates(num_candidates, train_data, batch_size * context // num_microbatches, tokenizer.vocab_size)
+    tokens_per_batch = batch_size * context // num_microbatches
+    num_candidates = _num_candidates(num_candidates, model, train_data, tokens_per_batch, tokenizer.vocab_size)
     settings = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "clip_norm": clip_norm}
     settings["num_microbatches"] = num_microbatches
     steps_per_validation = math.ceil(steps / validations)
@@ -114,7 +119,8 @@ def train(
         others = {"validations": validations, "num_candidates": num_candidates}
         identity = _identity(model, train_data, tokenizer, valid_documents, {**settings, **others})
         course.keep_in(Path(run_dir), identity, checkpoint_minutes, checkpoint_steps, keep_checkpoints)
-    for phase in phases(model, train_data, steps, num_candidates):
+    counts = train_data.counts() if num_candidates else None
+    for phase in phases(model, steps, num_candidates, counts):
         if course.step < phase.end and not course.received:
             _run_phase(phase, course, train_data, batch_size, num_microbatches, checkpoint_steps)
     if course.best_weights:
@@ -129,22 +135,35 @@ class Phase(NamedTuple):
         model: what is trained, compiled; it has the weights of the language model.
         prepare: from data from a batch on, and the number of that batch, to what the model takes.
         end: the last step.
+        methods: in words, what is done to be fast.
     """
 
     model: keras.Model
     prepare: Callable[[tf.data.Dataset, int], tf.data.Dataset]
     end: int
+    methods: list[str]
 
 
-def phases(model: keras.Model, data: tf.data.Dataset, steps: int, num_candidates: int | None) -> list[Phase]:
-    """Divide the training of a compiled model: the steps among candidates, if any, then those among all tokens."""
-    among_all = Phase(model, lambda data, first: data, steps)
-    if num_candidates is None:
+def phases(model: keras.Model, steps: int, num_candidates: int, counts: np.ndarray | None) -> list[Phase]:
+    """Divide the training of a compiled model: the steps among candidates, if any, then those among all tokens.
+
+    Args:
+        model: the language model, compiled.
+        steps: the number of steps in all.
+        num_candidates: C, or 0.
+        counts: how often each token occurs, `int (V,)`, if there are candidates.
+
+    Returns:
+        The phases, in their order.
+    """
+    among_all = Phase(model, lambda data, first: data, steps, [])
+    if not num_candidates:
         return [among_all]
     among_candidates = candidate_model(model, num_candidates)
     among_candidates.compile(model.optimizer, _loss())
-    draw = draw_candidates(data.counts(), num_candidates)
-    return [Phase(among_candidates, draw, int(SHARE_OF_STEPS * steps)), among_all]
+    method = f"a softmax over {num_candidates:,} of {len(counts):,} tokens in {SHARE_OF_STEPS:.0%} of the steps"
+    draw = draw_candidates(counts, num_candidates)
+    return [Phase(among_candidates, draw, int(SHARE_OF_STEPS * steps), [method]), among_all]
 
 
 def _run_phase(
@@ -158,7 +177,7 @@ def _run_phase(
     at_once = _steps_at_once(num_steps, course.steps_per_validation, checkpoint_steps)
     phase.model.steps_per_execution = num_microbatches * at_once
     with signals_stop(course), fast_training(phase.model, num_steps * course.tokens_per_step) as methods:
-        course.tell(methods)
+        course.tell([*methods, *phase.methods])
         phase.model.fit(
             phase.prepare(data, first * num_microbatches),
             steps_per_epoch=num_steps * num_microbatches,
@@ -168,17 +187,30 @@ def _run_phase(
         )
 
 
-def _check_candidates(number: int | None, data, tokens_per_batch: int, vocab_size: int) -> None:
+def usual_candidates(model: keras.Model, tokens_per_batch: int, vocab_size: int) -> int:
+    """Choose `num_candidates` for a model on this device (see `train`)."""
+    serves = num_replicas() == 1 and not uses_accelerator() and has_tied_head(model)
+    number = max(tokens_per_batch, vocab_size // 8)
+    return number if serves and 2 * number <= vocab_size else 0
+
+
+def _num_candidates(number: int | None, model, data, tokens_per_batch: int, vocab_size: int) -> int:
     if number is None:
-        return
-    least = min(tokens_per_batch, vocab_size)
-    if not least <= number <= vocab_size:
-        raise ValueError(
-            f"num_candidates must be from {least}, the tokens of a batch, to {vocab_size}, those of the vocabulary, "
-            f"got {number}."
-        )
-    if num_replicas() > 1 or not hasattr(data, "counts"):
+        return usual_candidates(model, tokens_per_batch, vocab_size) if hasattr(data, "counts") else 0
+    check_candidates(number, tokens_per_batch, vocab_size)
+    if number and (num_replicas() > 1 or not hasattr(data, "counts")):
         raise ValueError("num_candidates is for one device, and for data of make_dataset.")
+    return number
+
+
+def check_candidates(number: int, tokens_per_batch: int, vocab_size: int) -> None:
+    """Refuse so many candidates as cannot be."""
+    least = min(tokens_per_batch, vocab_size)
+    if number and not least <= number <= vocab_size:
+        raise ValueError(
+            f"num_candidates must be 0, or from {least}, the tokens of a batch, to {vocab_size}, those of the "
+            f"vocabulary, got {number}."
+        )
 
 
 def _check_batch(batch_size: int, num_microbatches: int) -> None:
@@ -226,50 +258,11 @@ def compile_model(
     num_microbatches: int = 1,
 ) -> keras.optimizers.schedules.LearningRateSchedule:
     """Give a model the loss and the optimizer that `train` uses, and return the schedule of its learning rate."""
-    schedule = _schedule(learning_rate, steps)
-    model.compile(_optimizer(schedule, weight_decay, clip_norm, num_microbatches), _loss())
+    schedule = WarmupStableDecay(learning_rate, steps)
+    model.compile(adamw(schedule, weight_decay, clip_norm, num_microbatches), _loss())
     # Not left to the first step: the order of its variables, in which checkpoints have them, would be another there.
     model.optimizer.build(model.trainable_variables)
     return schedule
-
-
-def _schedule(learning_rate: float, steps: int):
-    warmup_steps = max(1, steps // 20)
-    return keras.optimizers.schedules.CosineDecay(
-        0.0, max(1, steps - warmup_steps), alpha=0.1, warmup_target=learning_rate, warmup_steps=warmup_steps
-    )
-
-
-def _optimizer(schedule, weight_decay: float, clip_norm: float, num_microbatches: int = 1):
-    settings = {"weight_decay": weight_decay, "beta_2": 0.95, "global_clipnorm": clip_norm}
-    if num_microbatches > 1:
-        schedule = _OfMicrobatches(schedule, num_microbatches)
-        settings["gradient_accumulation_steps"] = num_microbatches
-    is_shared = keras.backend.backend() == "tensorflow" and num_replicas() > 1
-    optimizer = (ClippedTogether if is_shared else keras.optimizers.AdamW)(schedule, **settings)
-    # By name, since the biases of attention have two axes. TensorFlow's names end with ":0".
-    optimizer.exclude_from_weight_decay(var_names=["(bias|gamma|beta)(:0)?$"])
-    return optimizer
-
-
-class _OfMicrobatches(keras.optimizers.schedules.LearningRateSchedule):
-    """A schedule of updates for Keras' optimizers, which ask at the number of microbatches."""
-
-    def __init__(self, schedule, num_microbatches: int):
-        self.schedule, self.num_microbatches = schedule, num_microbatches
-
-    def __call__(self, step):
-        return self.schedule(step // self.num_microbatches)
-
-
-class ClippedTogether(keras.optimizers.AdamW):
-    """Clip the sum of all devices' gradients, where Keras on TensorFlow would clip each device's own."""
-
-    def _clip_gradients(self, gradients):
-        context = tf.distribute.get_replica_context()
-        together = context.all_reduce(tf.distribute.ReduceOp.SUM, [tf.convert_to_tensor(g) for g in gradients])
-        # The update adds them up once more.
-        return [g / context.num_replicas_in_sync for g in super()._clip_gradients(together)]
 
 
 def _loss():

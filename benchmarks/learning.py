@@ -7,9 +7,8 @@
 
 Each run has a process and a core of its own; as many run at a time as there are cores. What counts is the CPU time of
 the steps and of an initialisation (`aigc_tf.initialise`), not that of compiling and validating. "random" are our models
-without the initialisation; "candidates" have it, and in nine tenths of the steps a softmax over 1.5 times the tokens of
-a batch (`num_candidates` of `aigc_tf.train`); torch is GPT-2's architecture in plain PyTorch, compiled, in bfloat16,
-with AdamW, as ours.
+without the initialisation, "all" those whose softmax runs over all tokens in all steps (`num_candidates=0` of
+`aigc_tf.train`); torch is GPT-2's architecture in plain PyTorch, compiled, in bfloat16, with AdamW, as ours.
 The number of steps is what the budget allows, from the time that the first ones take; the learning rate falls over them
 by a cosine. Results go to a file, one line a run, and a run that is there already is not done again.
 """
@@ -32,8 +31,8 @@ TRANSFORMER = {"num_layers": 4, "hidden_dim": 256}
 LSTM = {"num_layers": 1, "hidden_dim": 512}
 RATES = {"transformer": 1e-3, "lstm": 3e-3, "torch": 3e-3}
 SYSTEMS = (
-    *("lstm", "lstm-random", "lstm-candidates"),
-    *("transformer", "transformer-random", "transformer-candidates"),
+    *("lstm", "lstm-random", "lstm-all"),
+    *("transformer", "transformer-random", "transformer-all"),
     *("torch", "5-gram"),
 )
 VOCAB_SIZE = {"tang": 12_000}
@@ -168,7 +167,6 @@ def run_ours(system, data, tokenizer, train_documents, valid_documents, rate, se
     from aigc_tf.fast_training import fast_training
 
     name, _, variant = system.partition("-")
-    num_candidates = 3 * options.batch_size * CONTEXT // 2 if variant == "candidates" else None
     shape = {"transformer": {**TRANSFORMER, "num_heads": TRANSFORMER["hidden_dim"] // 64}, "lstm": LSTM}[name]
     settings = {**shape, "dropout": 0.0, "precision": "mixed_bfloat16", "seed": seed}
 
@@ -177,8 +175,10 @@ def run_ours(system, data, tokenizer, train_documents, valid_documents, rate, se
 
     model = fresh()
     training.compile_model(model, 1000, rate)
+    usual = training.usual_candidates(model, options.batch_size * CONTEXT, tokenizer.vocab_size)
+    num_candidates = 0 if variant == "all" else usual
     per_step, steps_before = 0.0, 0
-    for phase in training.phases(model, data, 1000, num_candidates):
+    for phase in training.phases(model, 1000, num_candidates, data.counts()):
         with fast_training(phase.model, 1):
             phase.model.make_train_function()
             batches = iter(phase.prepare(data, 0))

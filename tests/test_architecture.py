@@ -35,7 +35,10 @@ ALLOWED = {
     "candidates": {"devices"},
     "checkpoints": set(),
     "course": {"checkpoints", "devices", "distribution", "evaluation", "files"},
-    "training": {"candidates", "course", "devices", "distribution", "fast_training", "text", "tokenizer"},
+    "optimization": {"devices", "distribution"},
+    "training": {
+        "candidates", "course", "devices", "distribution", "fast_training", "optimization", "text", "tokenizer"
+    },
     "sampling": {"devices"},
     "weights": set(),
     "choice": {"matrices"},

@@ -7,6 +7,7 @@ from conftest import message_of, spread
 from aigc_tf import lstm, make_dataset, train
 from aigc_tf.candidates import _log_expected, candidate_model, draw_candidates
 from aigc_tf.devices import keras, tf
+from aigc_tf.training import usual_candidates
 
 T, V = 20, 298
 
@@ -61,7 +62,7 @@ def test_its_logits_are_those_of_the_model(build):
 
 def test_with_all_tokens_as_candidates_it_learns_the_same(build, documents, tokenizer):
     losses = []
-    for number in (None, tokenizer.vocab_size):
+    for number in (0, tokenizer.vocab_size):
         model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.0, seed=1)
         data = make_dataset(documents, tokenizer, T, 4, seed=0)
         history = train(
@@ -73,7 +74,7 @@ def test_with_all_tokens_as_candidates_it_learns_the_same(build, documents, toke
 
 def test_among_a_part_it_learns_nearly_as_well(build, documents, tokenizer):
     bits = []
-    for number in (None, 80):
+    for number in (0, 80):
         model = build(tokenizer.vocab_size, T, num_layers=1, hidden_dim=32, dropout=0.0, seed=1)
         data = make_dataset(documents, tokenizer, T, 4, seed=0)
         settings = {"steps": 80, "validations": 1, "learning_rate": 1e-2, "progress": False}
@@ -83,13 +84,40 @@ def test_among_a_part_it_learns_nearly_as_well(build, documents, tokenizer):
     assert bits[1] < 5
 
 
+def test_by_default_it_takes_candidates_where_the_vocabulary_is_large(build, tokenizer, monkeypatch):
+    model = build(9000, T, num_layers=1)
+    for tokens, vocab_size, number in [
+        (80, 160, 80),
+        (80, 159, 0),
+        (80, 9000, 1125),
+        (4500, 9000, 4500),
+        (4501, 9000, 0),
+    ]:
+        assert usual_candidates(model, tokens, vocab_size) == number
+    assert usual_candidates(lstm(9000, T, hidden_dim=16, tie_embeddings=False), 80, 9000) == 0
+    monkeypatch.setattr("aigc_tf.training.uses_accelerator", lambda: True)
+    assert usual_candidates(model, 80, 9000) == 0
+
+
+def test_it_says_so_and_trains_other_models_and_data_as_before(build, documents, tokenizer, capsys):
+    settings = {"steps": 2, "validations": 1}
+    data = make_dataset(documents, tokenizer, 10, 4, seed=0)
+    train(build(tokenizer.vocab_size, 10, num_layers=1), data, tokenizer, documents[:9], **settings)
+    assert f"a softmax over 40 of {tokenizer.vocab_size} tokens in 90% of the steps" in capsys.readouterr().out
+    of_another_origin = data.map(lambda x, y: (x, y))
+    train(build(tokenizer.vocab_size, 10, num_layers=1), of_another_origin, tokenizer, documents[:9], **settings)
+    layers = [keras.Input((10,), dtype="int32"), keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)]
+    train(keras.Sequential(layers), data, tokenizer, documents[:9], **settings)
+    assert "a softmax over" not in capsys.readouterr().out
+
+
 def test_what_cannot_be_is_said(build, documents, tokenizer):
     model = build(tokenizer.vocab_size, T, num_layers=1)
     data = make_dataset(documents, tokenizer, T, 4, seed=0)
     valid, settings = documents[:9], {"steps": 2, "progress": False}
     for number in (79, tokenizer.vocab_size + 1):
         message = message_of(ValueError, train, model, data, tokenizer, valid, num_candidates=number, **settings)
-        assert "num_candidates must be from 80, the tokens of a batch, to" in message
+        assert "num_candidates must be 0, or from 80, the tokens of a batch, to" in message
     of_another_origin = data.map(lambda x, y: (x, y))
     message = message_of(ValueError, train, model, of_another_origin, tokenizer, valid, num_candidates=90, **settings)
     assert "for data of make_dataset" in message

@@ -112,7 +112,8 @@ def run(build, documents, tokenizer, folder, **settings):
     model = build(tokenizer.vocab_size, T, num_layers=1, dropout=settings.pop("dropout", 0.3), seed=1)
     data = make_dataset(documents, tokenizer, T, settings.pop("batch_size", 4), seed=settings.pop("seed", 0))
     valid = settings.pop("valid_documents", documents[:10])
-    settings = {"steps": 12, "validations": 3, "progress": False, "checkpoint_steps": 1, **settings}
+    usual = {"steps": 12, "validations": 3, "progress": False, "checkpoint_steps": 1, "num_candidates": 0}
+    settings = {**usual, **settings}
     return model, train(model, data, tokenizer, valid, run_dir=folder, **settings)
 
 
@@ -158,7 +159,8 @@ def test_checkpoints_change_nothing(build, documents, tokenizer, tmp_path):
     with_them, history = run(build, documents, tokenizer, tmp_path)
     model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.3, seed=1)
     data = make_dataset(documents, tokenizer, T, 4, seed=0)
-    alone = train(model, data, tokenizer, documents[:10], steps=12, validations=3, progress=False)
+    settings = {"steps": 12, "validations": 3, "num_candidates": 0, "progress": False}
+    alone = train(model, data, tokenizer, documents[:10], **settings)
     assert alone["bits_per_char"] == history["bits_per_char"]
     for a, b in zip(model.get_weights(), with_them.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)

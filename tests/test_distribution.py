@@ -40,7 +40,7 @@ for name, devices, settings, *architectures in jobs:
         model = build(tokenizer.vocab_size, 20, num_layers=2, hidden_dim=16, dropout=0.0)
         data = aigc_tf.make_dataset(documents, tokenizer, 20, 4, seed=0)
         try:
-            settings = {"steps": 6, "validations": 3, "checkpoint_steps": 2, **settings}
+            settings = {"steps": 6, "validations": 3, "checkpoint_steps": 2, "num_candidates": 0, **settings}
             history = aigc_tf.train(model, data, tokenizer, documents[:9], learning_rate=1e-2, clip_norm=0.5,
                                     **settings, run_dir=f"{folder}/{name}-{architecture}", keep_checkpoints=9,
                                     progress=False)

@@ -64,6 +64,7 @@ def test_more_of_anything_needs_more_memory(model):
 @pytest.mark.parametrize("model", ["transformer", "lstm"])
 def test_the_measurement_gives_time_and_energy(model):
     figures = estimate(model, **RUN, num_layers=1, hidden_dim=16, seconds=0.3, watts=50)
+    assert figures["num_candidates"] == 500 // 8
     assert figures["step_seconds"] > 0
     assert figures["tokens_per_second"] == pytest.approx(4 * 12 / figures["step_seconds"])
     assert figures["hours"] == pytest.approx(figures["step_seconds"] * 100 / 3600)
@@ -157,6 +158,7 @@ def test_the_table_has_units():
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"hidden_dim": 0}, "hidden_dim must be at least 1"),
         ({"precision": "int8"}, "precision must be"),
+        ({"num_candidates": 47}, "num_candidates must be 0, or from 48"),
         ({"seconds": -1}, "seconds must be at least 0"),
         ({"watts": 0}, "watts above 0"),
     ],

@@ -50,7 +50,7 @@ def test_the_python_example_prints_what_the_readme_says(tmp_path, monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), names)
     # What makes it faster depends on what is installed.
-    printed = [line for line in printed.getvalue().splitlines() if not line.startswith("on this CPU with")]
+    printed = [line for line in printed.getvalue().splitlines() if not line.startswith("trains with ")]
     promised = promised.splitlines()
     assert [line.split("  ")[0] for line in printed[:2]] == [line.split("  ")[0] for line in promised[:2]]
     # Other processors round otherwise, and a text may part from there; the figure hardly moves.

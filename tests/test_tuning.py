@@ -323,8 +323,9 @@ def test_a_stopped_search_goes_on_with_the_trial_in_hand(documents, tmp_path, mo
     assert sorted(trial["trial"] for trial in trials) == [1, 2]
     assert names(folder) == ["best", "trials.json"]
     assert aigc_tf.read_run(folder / "best")["figures"]["bits_per_char"] == trials[0]["bits_per_char"]
-    at_once = tune(documents, tmp_path / "at once", RATES, trials=2, progress=False, **fixed)
-    assert without_seconds(at_once) == without_seconds(trials)
+    if newest:
+        at_once = tune(documents, tmp_path / "at once", RATES, trials=2, progress=False, **fixed)
+        assert without_seconds(at_once) == without_seconds(trials)
 
 
 @pytest.mark.parametrize("killed", ["before the old best goes", "while it goes", "before the new one comes"])

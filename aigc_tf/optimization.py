@@ -1,0 +1,61 @@
+"""Optimization: the optimizer and the learning rate of a training."""
+
+from .devices import keras, tf
+from .distribution import num_replicas
+
+_WARMUP, _DECAY = 0.05, 0.3  # shares of the steps
+
+
+class WarmupStableDecay(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate that rises in a straight line, stays, and falls in a straight line.
+
+    Args:
+        learning_rate: the highest.
+        steps: the number of steps in all; after the last it would be zero.
+
+    Source:
+        S. Hu et al., "MiniCPM: unveiling the potential of small language models with scalable training strategies"
+        (2024).
+    """
+
+    def __init__(self, learning_rate: float, steps: int):
+        self.learning_rate, self.steps = learning_rate, steps
+
+    def __call__(self, step):
+        step = keras.ops.cast(step, "float32")
+        risen = (step + 1) / max(1, self.steps * _WARMUP)
+        left = (self.steps - step) / max(1, self.steps * _DECAY)
+        return self.learning_rate * keras.ops.minimum(1.0, keras.ops.minimum(risen, left))
+
+
+def adamw(schedule, weight_decay: float, clip_norm: float, num_microbatches: int = 1) -> keras.optimizers.AdamW:
+    """Make the optimizer of a training (see `train`)."""
+    settings = {"weight_decay": weight_decay, "beta_2": 0.95, "global_clipnorm": clip_norm}
+    if num_microbatches > 1:
+        schedule = _OfMicrobatches(schedule, num_microbatches)
+        settings["gradient_accumulation_steps"] = num_microbatches
+    is_shared = keras.backend.backend() == "tensorflow" and num_replicas() > 1
+    optimizer = (ClippedTogether if is_shared else keras.optimizers.AdamW)(schedule, **settings)
+    # By name, since the biases of attention have two axes. TensorFlow's names end with ":0".
+    optimizer.exclude_from_weight_decay(var_names=["(bias|gamma|beta)(:0)?$"])
+    return optimizer
+
+
+class _OfMicrobatches(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule of updates for Keras' optimizers, which ask at the number of microbatches."""
+
+    def __init__(self, schedule, num_microbatches: int):
+        self.schedule, self.num_microbatches = schedule, num_microbatches
+
+    def __call__(self, step):
+        return self.schedule(step // self.num_microbatches)
+
+
+class ClippedTogether(keras.optimizers.AdamW):
+    """Clip the sum of all devices' gradients, where Keras on TensorFlow would clip each device's own."""
+
+    def _clip_gradients(self, gradients):
+        context = tf.distribute.get_replica_context()
+        together = context.all_reduce(tf.distribute.ReduceOp.SUM, [tf.convert_to_tensor(g) for g in gradients])
+        # The update adds them up once more.
+        return [g / context.num_replicas_in_sync for g in super()._clip_gradients(together)]
