@@ -237,7 +237,7 @@ class Course(keras.callbacks.Callback):
             )
 
     def _learning_rate(self) -> float:
-        return float(self.schedule(self.step - 1))
+        return float(self.schedule((self.step - 1) * self.num_microbatches))
 
     def _position(self) -> str:
         return f"step {self.step:>{len(str(self.steps))}}/{self.steps}"

@@ -102,7 +102,7 @@ def model_weights(model) -> TransformerWeights | LstmWeights | None:
     if before.keys() == values.keys() and all(_same(values[key], before[key]) for key in before):
         return weights
     with contextlib.suppress(NotImplementedError):  # of a layer of the user's that cannot tell its configuration
-        config = json.loads(model.to_json())["config"]
+        config = json.loads(json.dumps(model.get_config()))
         weights = read_weights(
             config, lambda name: [values[id(variable)] for variable in model.get_layer(name).weights]
         )

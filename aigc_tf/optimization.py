@@ -6,49 +6,44 @@ from .distribution import num_replicas
 _WARMUP, _DECAY = 0.05, 0.3  # shares of the steps
 
 
+@keras.saving.register_keras_serializable("aigc_tf")
 class WarmupStableDecay(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate that rises in a straight line, stays, and falls in a straight line.
 
     Args:
         learning_rate: the highest.
         steps: the number of steps in all; after the last it would be zero.
+        num_microbatches: how many times Keras asks in a step, for each microbatch.
 
     Source:
         S. Hu et al., "MiniCPM: unveiling the potential of small language models with scalable training strategies"
         (2024).
     """
 
-    def __init__(self, learning_rate: float, steps: int):
-        self.learning_rate, self.steps = learning_rate, steps
+    def __init__(self, learning_rate: float, steps: int, num_microbatches: int = 1):
+        self.learning_rate, self.steps, self.num_microbatches = learning_rate, steps, num_microbatches
 
     def __call__(self, step):
-        step = keras.ops.cast(step, "float32")
+        step = keras.ops.cast(step // self.num_microbatches, "float32")
         risen = (step + 1) / max(1, self.steps * _WARMUP)
         left = (self.steps - step) / max(1, self.steps * _DECAY)
         return self.learning_rate * keras.ops.minimum(1.0, keras.ops.minimum(risen, left))
+
+    def get_config(self) -> dict:
+        """Tell the arguments, for Keras' files."""
+        return {name: getattr(self, name) for name in ("learning_rate", "steps", "num_microbatches")}
 
 
 def adamw(schedule, weight_decay: float, clip_norm: float, num_microbatches: int = 1) -> keras.optimizers.AdamW:
     """Make the optimizer of a training (see `train`)."""
     settings = {"weight_decay": weight_decay, "beta_2": 0.95, "global_clipnorm": clip_norm}
     if num_microbatches > 1:
-        schedule = _OfMicrobatches(schedule, num_microbatches)
         settings["gradient_accumulation_steps"] = num_microbatches
     is_shared = keras.backend.backend() == "tensorflow" and num_replicas() > 1
     optimizer = (ClippedTogether if is_shared else keras.optimizers.AdamW)(schedule, **settings)
     # By name, since the biases of attention have two axes. TensorFlow's names end with ":0".
     optimizer.exclude_from_weight_decay(var_names=["(bias|gamma|beta)(:0)?$"])
     return optimizer
-
-
-class _OfMicrobatches(keras.optimizers.schedules.LearningRateSchedule):
-    """A schedule of updates for Keras' optimizers, which ask at the number of microbatches."""
-
-    def __init__(self, schedule, num_microbatches: int):
-        self.schedule, self.num_microbatches = schedule, num_microbatches
-
-    def __call__(self, step):
-        return self.schedule(step // self.num_microbatches)
 
 
 class ClippedTogether(keras.optimizers.AdamW):

@@ -258,7 +258,7 @@ def compile_model(
     num_microbatches: int = 1,
 ) -> keras.optimizers.schedules.LearningRateSchedule:
     """Give a model the loss and the optimizer that `train` uses, and return the schedule of its learning rate."""
-    schedule = WarmupStableDecay(learning_rate, steps)
+    schedule = WarmupStableDecay(learning_rate, steps, num_microbatches)
     model.compile(adamw(schedule, weight_decay, clip_norm, num_microbatches), _loss())
     # Not left to the first step: the order of its variables, in which checkpoints have them, would be another there.
     model.optimizer.build(model.trainable_variables)

@@ -8,9 +8,9 @@
 Each run has a process and a core of its own; as many run at a time as there are cores. What counts is the CPU time of
 the steps and of an initialisation (`aigc_tf.initialise`), not that of compiling and validating. "random" are our models
 without the initialisation, "all" those whose softmax runs over all tokens in all steps (`num_candidates=0` of
-`aigc_tf.train`); torch is GPT-2's architecture in plain PyTorch, compiled, in bfloat16, with AdamW, as ours.
-The number of steps is what the budget allows, from the time that the first ones take; the learning rate falls over them
-by a cosine. Results go to a file, one line a run, and a run that is there already is not done again.
+`aigc_tf.train`); torch is GPT-2's architecture in plain PyTorch, compiled, in bfloat16, with AdamW and a learning rate
+that takes the same course. The number of steps is what the budget allows, from the time that the first ones take.
+Results go to a file, one line a run, and a run that is there already is not done again.
 """
 
 import argparse
@@ -218,9 +218,7 @@ def run_torch(system, data, tokenizer, train_documents, valid_documents, rate, s
         step(*next(batches), 0.0)
     began, steps = time.process_time(), 0
     while (progress := (time.process_time() - began) / options.seconds) < 1:
-        warmup = 0.05
-        share = progress / warmup if progress < warmup else 0.55 + 0.45 * math.cos(math.pi * (progress - warmup) / 0.95)
-        step(*next(batches), share)
+        step(*next(batches), min(1, progress / 0.05, (1 - progress) / 0.3))
         steps += 1
     cpu = time.process_time() - began
     total = 0.0

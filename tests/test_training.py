@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from aigc_tf import evaluate, make_dataset, train
+from aigc_tf.decoding import model_weights
 from aigc_tf.devices import keras
 from aigc_tf.optimization import WarmupStableDecay, adamw
+from aigc_tf.weights import LstmWeights, TransformerWeights
 
 T = 20
 
@@ -103,6 +105,17 @@ def test_the_learning_rate_warms_up_stays_and_falls():
     # Also where there are too few steps for that.
     for steps in (1, 2, 3):
         assert all(0 < float(WarmupStableDecay(1e-2, steps)(step)) <= 1e-2 for step in range(steps))
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_a_trained_model_is_still_one_that_generate_reads_and_keras_saves(
+    build, documents, tokenizer, tmp_path, num_microbatches
+):
+    model, _ = run(build, documents, tokenizer, num_microbatches=num_microbatches)
+    assert isinstance(model_weights(model), LstmWeights | TransformerWeights)
+    model.save(tmp_path / "model.keras")
+    schedule = keras.saving.load_model(tmp_path / "model.keras").optimizer._learning_rate
+    assert float(schedule(1)) == float(model.optimizer._learning_rate(1))
 
 
 def test_the_run_folder_has_logs_of_what_history_says(build, documents, tokenizer, tmp_path):
