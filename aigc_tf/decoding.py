@@ -101,7 +101,8 @@ def model_weights(model) -> TransformerWeights | LstmWeights | None:
     before, weights = _read_before.get(model, ({}, None))
     if before.keys() == values.keys() and all(_same(values[key], before[key]) for key in before):
         return weights
-    with contextlib.suppress(NotImplementedError):  # of a layer of the user's that cannot tell its configuration
+    # Of layers of the user's that cannot tell their configuration, or not as JSON.
+    with contextlib.suppress(NotImplementedError, TypeError):
         config = json.loads(json.dumps(model.get_config()))
         weights = read_weights(
             config, lambda name: [values[id(variable)] for variable in model.get_layer(name).weights]

@@ -122,7 +122,7 @@ def read_weights(config: dict, layer_weights: Callable[[str], list]) -> Transfor
     """Read the weights of a model that `models.py` builds.
 
     Args:
-        config: the configuration of the functional model, as JSON has it: `json.loads(model.to_json())["config"]`.
+        config: the configuration of the functional model, as JSON has it: `json.loads(json.dumps(model.get_config()))`.
         layer_weights: from the name of a layer to its weights.
 
     Returns:
