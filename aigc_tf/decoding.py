@@ -4,7 +4,6 @@ The arithmetic is NumPy's, over the weights of a model that `models.py` builds, 
 does the same compiled, where numba is installed. Any other model is read through itself, window by window.
 """
 
-import contextlib
 import functools
 import importlib.util
 import json
@@ -101,12 +100,11 @@ def model_weights(model) -> TransformerWeights | LstmWeights | None:
     before, weights = _read_before.get(model, ({}, None))
     if before.keys() == values.keys() and all(_same(values[key], before[key]) for key in before):
         return weights
-    # Of layers of the user's that cannot tell their configuration, or not as JSON.
-    with contextlib.suppress(NotImplementedError, TypeError):
+    try:
         config = json.loads(json.dumps(model.get_config()))
-        weights = read_weights(
-            config, lambda name: [values[id(variable)] for variable in model.get_layer(name).weights]
-        )
+    except (NotImplementedError, TypeError):  # a layer of the user's cannot tell its configuration, or not as JSON
+        config = {}
+    weights = read_weights(config, lambda name: [values[id(variable)] for variable in model.get_layer(name).weights])
     _read_before[model] = values, weights
     return weights
 
