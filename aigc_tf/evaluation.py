@@ -8,6 +8,7 @@ import numpy as np
 from .devices import keras
 from .distribution import predict
 from .ngram import Ngram, estimate
+from .text import check_documents
 from .tokenizer import Tokenizer, check_vocabulary
 
 _LOGITS_BYTES = 2**25  # of one batch: larger ones are no faster on a CPU
@@ -75,6 +76,7 @@ def evaluate_scorer(scoring: keras.Model, tokenizer: Tokenizer, documents: list[
 
 
 def _require_documents(documents: list[str]) -> None:
+    check_documents(documents)
     if not documents:
         raise ValueError("An evaluation needs at least one document, got none.")
 
@@ -115,6 +117,8 @@ def baselines(tokenizer: Tokenizer, train_documents: list[str], valid_documents:
         >>> {name: round(bits, 2) for name, bits in baselines(tokenizer, ["春眠不觉晓，"], ["春晓，"]).items()}
         {'uniform': 10.73, 'frequency': 9.45, '5-gram': 3.44}
     """
+    check_documents(train_documents)
+    check_documents(valid_documents)
     if not train_documents or not valid_documents:
         raise ValueError(
             "Baselines need at least one document to count in and at least one document to predict, "

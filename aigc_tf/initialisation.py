@@ -53,13 +53,13 @@ def initialise(
         after N. Halko, P. Martinsson and J. Tropp, "Finding structure with randomness" (2011).
     """
     check_vocabulary(model, tokenizer)
-    if not len(documents):
-        raise ValueError("An initialisation needs at least one document, got none.")
     try:
         embedding = model.get_layer("token_embedding")
     except ValueError:
         raise ValueError("An initialisation is for a model with a layer named token_embedding.") from None
     ids = documents if isinstance(documents, np.ndarray) else make_store(documents, tokenizer)
+    if not len(ids):
+        raise ValueError("An initialisation needs at least one document, got none.")
     before = embedding.get_weights()[0]
     counted = _factors(_mutual_information(_some_of(ids, tokenizer.BOS), len(before)), before.shape[1])
     norms = np.linalg.norm(counted, axis=1, keepdims=True)

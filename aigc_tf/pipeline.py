@@ -106,8 +106,8 @@ def run_pipeline(
     settings["precision"] = precision = known_precision(precision)
 
     # 1. preprocess
-    num_chars = sum(map(len, documents))
     train_documents, valid_documents = split(documents, valid_fraction)
+    num_chars = sum(map(len, documents))
     show(
         f"{len(documents):,} documents, {num_chars:,} characters: {len(train_documents):,} documents to learn "
         f"from, {len(valid_documents):,} held out"

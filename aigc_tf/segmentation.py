@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from .files import read_text, shipped_file
+from .text import check_documents
 
 _HAN_WORD = re.compile(r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]{2,}")
 _STOPWORD_LISTS = ("cn", "classical")
@@ -152,6 +153,7 @@ def remove_stopwords(
         >>> remove_stopwords(["我们的模型会写诗。"])
         (['模型会写诗。'], 0.3333333333333333)
     """
+    check_documents(documents)
     stopwords, user_dict = _as_stopwords(stopwords), as_user_dict(user_dict)
     kept_documents, num_words, num_kept = [], 0, 0
     for document in documents:

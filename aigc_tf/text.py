@@ -27,7 +27,8 @@ _FULL_WIDTH = {
     for first, last in ("０９", "ＡＺ", "ａｚ")
     for wide in map(chr, range(ord(first), ord(last) + 1))
 }
-_LINE_TAIL = re.compile(r"[^\S\n]+(?=\n|\Z)")
+# A match begins at the first blank of a run only: begun at each, a long run within a line takes quadratic time.
+_LINE_TAIL = re.compile(r"(?<![^\S\n])[^\S\n]+(?=\n|\Z)")
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 
@@ -104,13 +105,14 @@ def split(documents: list[str], valid_fraction: float = 0.05) -> tuple[list[str]
         The training documents and the held-out documents, each `list[str]` in the order given.
 
     Raises:
-        ValueError: `valid_fraction` is out of range, or one side would be empty.
+        ValueError: `valid_fraction` is out of range, one side would be empty, or `documents` is one text.
 
     Example:
         >>> train_documents, valid_documents = split([f"第{i}首" for i in range(1000)])
         >>> len(train_documents), len(valid_documents)
         (949, 51)
     """
+    check_documents(documents)
     if not 0 < valid_fraction < 1:
         raise ValueError(f"valid_fraction must lie between 0 and 1, got {valid_fraction}.")
     ranks = [_rank(document) for document in documents]
@@ -128,6 +130,15 @@ def split(documents: list[str], valid_fraction: float = 0.05) -> tuple[list[str]
         f"valid_fraction={valid_fraction}, {len(train_documents)} are for training "
         f"and {len(valid_documents)} held out. {way_out}"
     )
+
+
+def check_documents(documents) -> None:
+    """Refuse one text, or one path, where several texts are meant: it would be taken letter by letter."""
+    if isinstance(documents, (str, bytes, os.PathLike)):
+        raise ValueError(
+            f"documents must be a list of texts, got one {type(documents).__name__}. Write [text], divide it with "
+            "text.split('\\n\\n'), or read files with load_documents(paths)."
+        )
 
 
 def _rank(document: str) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from .chunks import map_chunks
 from .files import write_json
 from .segmentation import as_user_dict, segmenter
+from .text import check_documents
 
 UNITS = ("char", "word")
 DEFAULT_VOCAB_SIZE = {"char": 6_000, "word": 20_000}
@@ -87,8 +88,9 @@ class Tokenizer:
             A `Tokenizer`.
 
         Raises:
-            ValueError: `vocab_size` leaves no room for a piece, or `unit` is unknown.
+            ValueError: `vocab_size` leaves no room for a piece, `unit` is unknown, or `documents` is one text.
         """
+        check_documents(documents)
         tokenizer = cls((), unit, user_dict)
         vocab_size = DEFAULT_VOCAB_SIZE[unit] if vocab_size is None else vocab_size
         if vocab_size <= _FIRST_PIECE:
@@ -137,7 +139,11 @@ class Tokenizer:
 
         Returns:
             An iterator over `int32` arrays, one a document, in order.
+
+        Raises:
+            ValueError: `documents` is one text.
         """
+        check_documents(documents)
         return chain.from_iterable(map_chunks(self._encode_chunk, documents, processes))
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -1,7 +1,18 @@
 """What the tests share: a small real corpus, its tokenizer, and one tiny model of each kind."""
 
+import os
+
+# One kind of machine, whatever is in it. Before anything loads TensorFlow or JAX, and for the processes of tests too.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["JAX_PLATFORMS"] = "cpu"
+
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same examples each time, and no verdict by the clock: a busy machine is no fault of the code.
+settings.register_profile("here", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 CLAUSES = "白日依山尽 黄河入海流 欲穷千里目 更上一层楼 床前明月光 疑是地上霜 举头望明月 低头思故乡".split()
 

@@ -3,14 +3,18 @@
 import itertools
 import json
 import math
+import pathlib
 import random
 import re
+import time
 
 import pytest
 from conftest import message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import aigc_tf
+from aigc_tf import Tokenizer
 from aigc_tf.text import clean, load_documents, split
 
 PUNCTUATION = "，。！？：；（）《》“”‘’……——、「」"
@@ -281,3 +285,34 @@ def test_split_names_a_way_out_that_works(valid_fraction):
             except ValueError:
                 refused.append((documents, fraction))
     assert refused == []
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\u3000", "\n", "\u200b", "\u200d", "\ufe0f", "\U0001f468\u200d", "\r"])
+def test_a_long_run_takes_no_longer_than_its_length(blank):
+    # In time that grows with the square, a run of 300,000 takes more than an hour.
+    begun = time.monotonic()
+    clean(f"春{blank * 300_000}风")
+    assert time.monotonic() - begun < 30
+
+
+def test_one_text_is_not_taken_for_documents(tokenizer):
+    text = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
+    model = aigc_tf.lstm(tokenizer.vocab_size, 4, num_layers=1, hidden_dim=8)
+    for one in (text, text.encode(), pathlib.Path("poems.txt")):
+        for use in (
+            aigc_tf.split,
+            aigc_tf.remove_stopwords,
+            Tokenizer.train,
+            tokenizer.encode_documents,
+            lambda text: aigc_tf.make_store(text, tokenizer),
+            lambda text: aigc_tf.make_dataset(text, tokenizer, 4, 1),
+            lambda text: aigc_tf.initialise(model, tokenizer, text),
+            lambda text: aigc_tf.kneser_ney(text, tokenizer),
+            lambda text: aigc_tf.evaluate(model, tokenizer, text),
+            lambda text: aigc_tf.baselines(tokenizer, text, [text]),
+            lambda text: aigc_tf.baselines(tokenizer, [text], text),
+        ):
+            message = message_of(ValueError, use, one)
+            assert f"documents must be a list of texts, got one {type(one).__name__}. Write [text]" in message
+    with pytest.raises(ValueError, match="must be a list of texts"):
+        aigc_tf.run_pipeline(text, "never-written")
