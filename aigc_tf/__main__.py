@@ -162,6 +162,7 @@ def _generate(options) -> None:
     from .saving import load_writer
 
     model, tokenizer = load_writer(options.folder)
+    settings["engine"] = options.engine
     at_once = "best_of" in settings or "num_beams" in settings
     for i in range(options.num_samples):
         if i:

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from .matrices import compiled, exp, one_at_a_time
+from .compilation import compiled
+from .matrices import exp
+from .numba_tools import one_at_a_time
 
 NO_NUMBER = -2  # instead of a token, where logits are not numbers
 _f32 = np.float32

@@ -5,7 +5,6 @@ does the same compiled, where numba is installed. Any other model is read throug
 """
 
 import functools
-import importlib.util
 import json
 import math
 import weakref
@@ -39,21 +38,21 @@ class Decoder(NamedTuple):
     write: Callable | None = None
 
 
-def decoder(model, num_rows: int, compiled: bool) -> Decoder:
+def decoder(model, num_rows: int, engine: str) -> Decoder:
     """Make a decoder of a model for a number of texts. It computes in float32, whatever the model's precision.
 
     Args:
         model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; or weights that `read_weights` gave.
         num_rows: how many texts it shall read at once.
-        compiled: use `kernels.py`; of no account for any other model.
+        engine: "numpy"; "numba", for `kernels.py`; or "model", which any other model is read by in any case.
 
     Returns:
         A `Decoder`.
     """
-    weights = model_weights(model)
+    weights = None if engine == "model" else model_weights(model)
     if weights is None:
         return _plain_decoder(model, num_rows)
-    if compiled:
+    if engine == "numba":
         from . import kernels
 
         read, copy, write = kernels.decoder(weights, num_rows)
@@ -68,23 +67,6 @@ def decoder(model, num_rows: int, compiled: bool) -> Decoder:
 
 def _positions(weights) -> int | None:
     return None if isinstance(weights, LstmWeights) else len(weights.position_embedding)
-
-
-# Multiplications, in which NumPy takes about as long as loading numba and its compiled code. (Measured 0.6 s, and
-# 0.75 and 2 milliseconds more a token for models of 5 and 14 million parameters.)
-_WORK_WORTH_LOADING_NUMBA = 5e9
-
-
-def is_compiled(model, num_tokens: int) -> bool:
-    """Tell whether to use `kernels.py`: where numba is installed, and for bare weights where there is much to write.
-
-    Whoever comes with bare weights has not loaded Keras, and waits for a first answer.
-    """
-    if importlib.util.find_spec("numba") is None:
-        return False
-    if isinstance(model, TransformerWeights | LstmWeights):
-        return model.num_parameters * num_tokens > _WORK_WORTH_LOADING_NUMBA
-    return True
 
 
 _read_before = weakref.WeakKeyDictionary()  # model -> the values of its variables, and the weights made of them

@@ -1,12 +1,12 @@
 """Fast training: fast_training(), what is known to be faster than Keras alone, with the same result up to rounding."""
 
 import contextlib
-import importlib.util
 import os
 import types
 from collections.abc import Iterator
 
 from .devices import freed_graphs, fused, keras, tf, uses_accelerator
+from .numba_tools import numba_is_usable
 from .recurrence import fast_recurrence
 
 # 2 or 3 minutes of a CPU, in which it makes up for the time that it takes to compile.
@@ -87,7 +87,7 @@ def _serves(model) -> bool:
     return (
         keras.backend.backend() == "tensorflow"
         and not uses_accelerator()
-        and importlib.util.find_spec("numba") is not None
+        and numba_is_usable()
         and model.compute_dtype in ("float32", "bfloat16")
         and _is_plain_loss(model.loss)
     )

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from .beams import search_beams
-from .decoding import decoder, is_compiled, model_weights
+from .decoding import decoder
+from .engines import choose_engine
 from .forcing import Forcing
 from .sampler import Sampler, Settings, check_number, check_settings
 from .sampling import log_softmax
@@ -57,6 +58,12 @@ def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> str:
             num_beams (1): above 1, no chance: search for the likeliest text with so many texts kept at a time.
             length_penalty (1): of such texts the one with the highest log-probability over its number of tokens
             to this power is kept; more prefers longer texts.
+            engine ("auto"): what computes: "numba" (compiled for the CPU, in 16-bit whole numbers), "numpy", "device"
+            (a loop on the device of Keras, such as a GPU), or "model" (the model itself, window by window, slowly).
+            "auto" takes the device if it is a GPU or TPU and no words are banned or forced, else numba if it is there,
+            else NumPy; for what `load_writer` gives NumPy below 50 million parameters, to answer at once; and "model"
+            for a model that `aigc_tf` did not build. On one machine and engine a seed gives the same text each time;
+            engines round differently, so now and then another token is drawn.
 
     Returns:
         `str`, the prompt and what was written. If the last token ends amidst a character, that is left out.
@@ -81,6 +88,7 @@ def generate_batch(
     best_of: int = 1,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    engine: str = "auto",
     **sampling,
 ) -> list[str]:
     """Write on from several prompts at once; for several samples repeat a prompt.
@@ -96,6 +104,7 @@ def generate_batch(
         best_of: see `generate`.
         num_beams: see `generate`.
         length_penalty: see `generate`.
+        engine: see `generate`.
         **sampling: see `generate`.
 
     Returns:
@@ -110,16 +119,17 @@ def generate_batch(
     if not prompts:
         return []
     num_rows = len(prompts) * best_of * num_beams
-    sampler = Sampler(tokenizer, settings, is_compiled(model, num_rows * max_new_tokens))
+    engine, source = choose_engine(model, engine, settings, num_beams)
+    sampler = Sampler(tokenizer, settings, compiled=engine == "numba")
     forcings = _forcings(sampler, tokenizer, prompts, best_of, max_new_tokens)
     begins = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts for _ in range(best_of * num_beams)]
     if num_beams > 1:
-        texts = Texts(decoder(model, num_rows, sampler.compiled), begins, max_new_tokens)
+        texts = Texts(decoder(source, num_rows, engine), begins, max_new_tokens)
         written = search_beams(texts, sampler, num_beams, max_new_tokens, length_penalty)
     else:
         log_probabilities = np.zeros(num_rows)
         uniforms = _uniforms(len(prompts), best_of, max_new_tokens, seed)
-        steps = _write(model, sampler, begins, forcings, uniforms, log_probabilities if best_of > 1 else None)
+        steps = _write(engine, source, sampler, begins, forcings, uniforms, log_probabilities if best_of > 1 else None)
         written = np.array([*steps], int).reshape(-1, num_rows).T
         lengths = np.minimum(np.cumprod(written != tokenizer.EOS, axis=1).sum(axis=1) + 1, written.shape[1])
         average = log_probabilities / np.maximum(1, lengths)
@@ -136,6 +146,7 @@ def stream(
     *,
     max_new_tokens: int = 100,
     seed: int | None = None,
+    engine: str = "auto",
     **sampling,
 ) -> Iterator[str]:
     """Do what `generate` does, and give the text as it is written: the prompt, then whole characters.
@@ -149,6 +160,7 @@ def stream(
         prompt: see `generate`.
         max_new_tokens: see `generate`.
         seed: see `generate`.
+        engine: see `generate`.
         **sampling: see `generate`.
 
     Returns:
@@ -164,13 +176,14 @@ def stream(
     settings = check_generation(max_new_tokens, seed, **sampling)
     max_new_tokens = int(max_new_tokens)
     check_vocabulary(model, tokenizer)
-    sampler = Sampler(tokenizer, settings, is_compiled(model, max_new_tokens))
+    engine, source = choose_engine(model, engine, settings)
+    sampler = Sampler(tokenizer, settings, compiled=engine == "numba")
     forcings = _forcings(sampler, tokenizer, [prompt], 1, max_new_tokens)
     uniforms = _uniforms(1, 1, max_new_tokens, seed)
 
     def pieces():
         yield prompt
-        steps = _write(model, sampler, [[tokenizer.BOS, *tokenizer.encode(prompt)]], forcings, uniforms)
+        steps = _write(engine, source, sampler, [[tokenizer.BOS, *tokenizer.encode(prompt)]], forcings, uniforms)
         yield from tokenizer.decode_stream((int(ids[0]) for ids in steps), cut=True)
 
     return pieces()
@@ -217,18 +230,13 @@ def _uniforms(num_prompts: int, samples: int, max_new_tokens: int, seed: int | N
     return np.array([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
 
 
-def _write(model, sampler, begins, forcings, uniforms, log_probabilities=None) -> Iterator[np.ndarray]:
-    """Write on from the ids that the texts begin with, where it is fastest, and give the ids of each step.
+def _write(engine, source, sampler, begins, forcings, uniforms, log_probabilities=None) -> Iterator[np.ndarray]:
+    """Write on from the ids that the texts begin with, and give the ids of each step."""
+    if engine == "device":
+        from . import loop
 
-    That is a GPU or TPU if there is one, but for words banned or forced, which depend on how tokens are spelt.
-    """
-    weights = model_weights(model)
-    if weights is not None and weights is not model:  # bare weights come from a process without Keras
-        from . import devices, loop
-
-        if devices.uses_accelerator() and loop.can_run(sampler):
-            return loop.steps(weights, sampler, begins, uniforms, log_probabilities=log_probabilities)
-    texts = Texts(decoder(weights or model, len(begins), sampler.compiled), begins, uniforms.shape[1])
+        return loop.steps(source, sampler, begins, uniforms, log_probabilities=log_probabilities)
+    texts = Texts(decoder(source, len(begins), engine), begins, uniforms.shape[1])
     return _steps(texts, sampler, forcings, uniforms, log_probabilities)
 
 

@@ -8,7 +8,9 @@ import numba
 import numpy as np
 
 from .choice import NO_NUMBER, choose_compiled
-from .matrices import array, compiled, dot, exp, filled_up, linear, one_at_a_time, pack, round_vector
+from .compilation import compiled
+from .matrices import array, dot, exp, filled_up, linear, pack, round_vector
+from .numba_tools import numba_problem, one_at_a_time
 from .weights import LstmWeights, TransformerWeights
 
 _f32 = np.float32
@@ -44,6 +46,8 @@ class _Threads:
 
 def _run(num_threads: int, function, *args):
     """Call a compiled function in a number of threads; the user's own numba code keeps its number."""
+    if problem := numba_problem():  # a stream that was begun before a fork
+        raise RuntimeError(f"This text cannot be gone on with: {problem}. Begin it anew.")
     before = numba.get_num_threads()
     if num_threads != before:
         numba.set_num_threads(num_threads)

@@ -25,11 +25,6 @@ from .weights import LstmWeights, TransformerWeights
 ops = keras.ops
 
 
-def can_run(sampler: Sampler) -> bool:
-    """Tell whether the loop heeds all settings of a sampler: it knows tokens, not how words are spelt in them."""
-    return not sampler.completions and not sampler.settings.forced
-
-
 def steps(
     weights: TransformerWeights | LstmWeights,
     sampler: Sampler,
@@ -44,7 +39,7 @@ def steps(
 
     Args:
         weights: of the model; they are moved to the device once, and stay there while they exist.
-        sampler: one that `can_run`.
+        sampler: one without banned or forced words: the loop knows tokens, not how words are spelt in them.
         prompts: the ids that each text begins with, at least one.
         uniforms: the chance of all steps, float (rows, steps), uniform in [0, 1).
         chunk: how many tokens of each text the device writes before they are shown.

@@ -7,7 +7,6 @@ is rounded by a hundred-thousandth of the norm of its row. Processors multiply a
 many at a time as floats, and read half as much.
 """
 
-import threading
 from typing import NamedTuple
 
 import numba
@@ -16,25 +15,12 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, register_jitable
 
-# One call at a time: not every threading layer of numba bears two, and each call uses all cores anyway.
-one_at_a_time = threading.Lock()
+from .compilation import compiled
 
 _f32 = np.float32
 _WIDTH = 64  # rows are filled up with zeros to a multiple of so many numbers
 _OUTPUTS = 32  # of a matrix that a thread computes at a time
 _NORM, _LARGEST = 46_000, 2**15 - 1
-
-
-def compiled(**options):
-    """Compile a function when it is first called, and keep the code on disk where there is a place for it."""
-
-    def compile_lazily(function):
-        try:
-            return numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-        except RuntimeError:  # neither this folder nor the user's own can be written
-            return numba.njit(nogil=True, error_model="numpy", **options)(function)
-
-    return compile_lazily
 
 
 # --- packing -------------------------------------------------------------------------------------------------

@@ -160,6 +160,13 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts")
     generate.add_argument("--seed", type=int, help="makes the text repeatable (default: another each time)")
 
+    generate.add_argument(
+        "--engine",
+        choices=("auto", "numba", "numpy", "device"),
+        default="auto",
+        help="what computes: with the same engine and seed a machine writes the same text again",
+    )
+
     info = add("info", "tell what a run folder holds", "Tell what a run folder holds, as JSON.")
     info.add_argument(
         "folder", nargs="?", metavar="RUN", help="a run folder; without one, the versions in use are told"

@@ -9,7 +9,8 @@ import numba
 import numpy as np
 from numba.extending import overload, register_jitable
 
-from .matrices import compiled, exp
+from .compilation import compiled
+from .matrices import exp
 
 _f32, _u32 = np.float32, np.uint32
 _GELU_SCALE, _GELU_CUBIC = _f32(math.sqrt(2 / math.pi)), _f32(0.044715)

@@ -38,7 +38,7 @@ def search(model, prompts, num_beams, max_new_tokens, length_penalty=1.0, kind="
         if not hasattr(model, "longer"):
             decoder = decoder._replace(num_positions=T)
     else:
-        decoder = decoding.decoder(model, len(prompts) * num_beams, compiled=kind == "compiled")
+        decoder = decoding.decoder(model, len(prompts) * num_beams, "numba" if kind == "compiled" else "numpy")
     ids = [[BOS, *TOKENIZER.encode(prompt)] for prompt in prompts for _ in range(num_beams)]
     texts = Texts(decoder, ids, max_new_tokens)
     sampler = Sampler(TOKENIZER, check_settings(**settings))

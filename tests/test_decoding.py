@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import spread
 
-from aigc_tf import decoding, generate, generate_batch, generation, load, save
+from aigc_tf import decoding, generate, generate_batch, load, save
 from aigc_tf.devices import keras
 from aigc_tf.weights import read_weights
 
@@ -36,8 +36,8 @@ def tokens(texts, spans):
 def decoders(model):
     """Each decoder there is for a model, and how near it comes to the model's own logits."""
     weights = weights_of(model)
-    yield decoding.decoder(weights, len(LENGTHS), compiled=False).read, 1e-4
-    yield decoding.decoder(weights, len(LENGTHS), compiled=True).read, 8e-3
+    yield decoding.decoder(weights, len(LENGTHS), "numpy").read, 1e-4
+    yield decoding.decoder(weights, len(LENGTHS), "numba").read, 8e-3
     yield decoding._plain_decoder(model, len(LENGTHS)).read, 1e-5
 
 
@@ -95,9 +95,9 @@ class Halves:
 
 
 @pytest.mark.parametrize("prompt", ["", "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"])
-def test_beyond_the_context(build, tokenizer, prompt, monkeypatch):
+def test_beyond_the_context(build, tokenizer, prompt):
     # In float32: where two tokens are as likely within the rounding of a weight to 16 bits, either may come.
-    monkeypatch.setattr(generation, "is_compiled", lambda *_: False)
+    settings = {"max_new_tokens": 30, "temperature": 0, "engine": "numpy"}
     model = spread(build(tokenizer.vocab_size, T))
     if build.architecture == "lstm":  # its state goes on: as if the context were longer
         longer = build(tokenizer.vocab_size, 64)
@@ -106,8 +106,8 @@ def test_beyond_the_context(build, tokenizer, prompt, monkeypatch):
     else:
         expected = greedy(model, tokenizer, prompt, 30, Halves())
     assert len(tokenizer.encode(expected)) > 2 * T
-    assert generate(model, tokenizer, prompt, max_new_tokens=30, temperature=0) == expected
-    assert generate_batch(model, tokenizer, ["日", prompt], max_new_tokens=30, temperature=0)[1] == expected
+    assert generate(model, tokenizer, prompt, **settings) == expected
+    assert generate_batch(model, tokenizer, ["日", prompt], **settings)[1] == expected
 
 
 def other_graphs():
@@ -158,7 +158,7 @@ def test_a_model_that_differs_in_one_thing_is_read_through_itself(texts):
     for other in other_graphs():
         config = json.loads(other.to_json())["config"]
         assert read_weights(config, lambda name, other=other: other.get_layer(name).get_weights()) is None
-        decoder = decoding.decoder(other, 1, compiled=True)
+        decoder = decoding.decoder(other, 1, "numba")
         assert decoder.num_positions is None
         np.testing.assert_allclose(
             decoder.read(*tokens(texts, {0: (0, T)}))[0], np.array(other.predict_on_batch(texts[:1]))[0, -1], atol=1e-6
@@ -205,21 +205,12 @@ def test_an_untied_lstm_is_read_fast(texts):
 
     for settings in ({"tie_embeddings": False}, {"embedding_dim": 16}):
         model = spread(lstm(V, T, hidden_dim=16, **settings))
-        decoder = decoding.decoder(model, 1, compiled=False)
+        decoder = decoding.decoder(model, 1, "numpy")
         assert weights_of(model) is not None
         assert decoder.num_positions is None
         np.testing.assert_allclose(
             decoder.read(*tokens(texts, {0: (0, T)}))[0], np.array(model.predict_on_batch(texts[:1]))[0, -1], atol=1e-4
         )
-
-
-def test_bare_weights_load_numba_only_where_there_is_much_to_write(build):
-    model = build(V, T)
-    weights = weights_of(model)
-    assert decoding.is_compiled(model, 1)
-    assert not decoding.is_compiled(weights, 1000)
-    assert decoding.is_compiled(weights, 10**9)
-    assert decoding.model_weights(weights) is weights
 
 
 def test_weights_are_the_same_object_while_they_are_equal(build):

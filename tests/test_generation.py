@@ -24,10 +24,8 @@ def model(build, tokenizer):
     return model
 
 
-@pytest.fixture(params=[False, True], ids=["numpy", "compiled"])
-def compiled(request, monkeypatch):
-    """Both ways to compute, whatever `is_compiled` would take."""
-    monkeypatch.setattr(generation, "is_compiled", lambda *_: request.param)
+@pytest.fixture(params=["numpy", "numba"])
+def engine(request):
     return request.param
 
 
@@ -110,7 +108,7 @@ def test_padding_and_begin_are_never_written(tokenizer):
     for layer in flat.layers[1:]:
         layer.embeddings.assign(np.zeros(layer.embeddings.shape, np.float32))
     sampler = Sampler(tokenizer, check_settings(temperature=1.0, top_p=None))
-    texts = Texts(decoder(flat, 400, compiled=False), [[tokenizer.BOS]] * 400, 4)
+    texts = Texts(decoder(flat, 400, "numpy"), [[tokenizer.BOS]] * 400, 4)
     for ids in aigc_tf.generation._steps(texts, sampler, [], np.random.default_rng(0).random((400, 4))):
         assert not {tokenizer.PAD, tokenizer.BOS} & set(ids.tolist())
         assert len(set(ids.tolist())) > 100
@@ -151,19 +149,19 @@ def write_by_hand(model, tokenizer, prompt, uniforms, temperature=0.8, top_p=0.9
     return prompt + "".join(tokenizer.decode_stream(ids[first:], cut=True)), np.mean(scores)
 
 
-def test_chance_is_that_of_the_seed_and_the_settings_are_applied(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(generation, "is_compiled", lambda *_: False)
+def test_chance_is_that_of_the_seed_and_the_settings_are_applied(model, tokenizer):
     for seed in range(3):
         uniforms = np.random.default_rng(seed).random(25)
         for settings in ({}, {"temperature": 1.3, "top_p": 0.7}):
             expected, _ = write_by_hand(model, tokenizer, "白日", uniforms, **settings)
-            assert generate(model, tokenizer, "白日", max_new_tokens=25, seed=seed, **settings) == expected
+            settings = {"max_new_tokens": 25, "seed": seed, "engine": "numpy", **settings}
+            assert generate(model, tokenizer, "白日", **settings) == expected
 
 
-def test_best_of_is_the_likeliest_of_the_texts_of_its_seeds(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(generation, "is_compiled", lambda *_: False)
+def test_best_of_is_the_likeliest_of_the_texts_of_its_seeds(model, tokenizer):
     # The end comes now and then, so that texts of several lengths compete.
     settings = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.95, "logit_bias": {tokenizer.EOS: 5.0}}
+    settings["engine"] = "numpy"
     prompts, lengths = ["白", "依山尽", ""], set()
     for best_of, seed in ((2, 0), (5, 1)):
         expected = []
@@ -213,22 +211,22 @@ def test_no_two_texts_share_their_chance():
     assert (generation._uniforms(2, 1, 5, None) != generation._uniforms(2, 1, 5, None)).all()
 
 
-def test_prompts_of_very_different_lengths_do_not_touch_each_other(model, tokenizer, compiled):
+def test_prompts_of_very_different_lengths_do_not_touch_each_other(model, tokenizer, engine):
     long = "，".join(CLAUSES)
     prompts = ["", "白", long * 2, "龘🐉", long[:T], long[: T - 1], long[: T - 2] + "龘", "\n"]
-    settings = {"max_new_tokens": 20, "top_p": 0.95, "temperature": 1.0}
+    settings = {"max_new_tokens": 20, "top_p": 0.95, "temperature": 1.0, "engine": engine}
     batch = generate_batch(model, tokenizer, prompts, seed=3, **settings)
     alone = [generate(model, tokenizer, prompt, seed=3 + i, **settings) for i, prompt in enumerate(prompts)]
     assert batch == alone
     assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(batch, prompts, strict=True))
 
 
-def test_a_text_may_be_of_ten_thousand_tokens(tokenizer, compiled):
+def test_a_text_may_be_of_ten_thousand_tokens(tokenizer, engine):
     # Where all cores are taken, threads that wait for each other are slow at a model as small as this.
-    context, length = 8, 2_000 if compiled else 10_000
+    context, length = 8, 2_000 if engine == "numba" else 10_000
     model = spread(aigc_tf.transformer(tokenizer.vocab_size, context, num_layers=2, num_heads=2, hidden_dim=16))
     bias = {**only(tokenizer, "".join(CLAUSES)), tokenizer.EOS: -float("inf")}
-    settings = {"temperature": 3.0, "top_p": None, "seed": 0, "logit_bias": bias}
+    settings = {"temperature": 3.0, "top_p": None, "seed": 0, "logit_bias": bias, "engine": engine}
     text = generate(model, tokenizer, "白", max_new_tokens=length, **settings)
     assert len(text) == length + 1
     # What is written last follows the newest tokens alone, by the plain graph, as what was written first.
@@ -261,8 +259,8 @@ def test_an_n_gram_model_writes_with_every_setting(documents, tokenizer):
     assert text.startswith("白日依山尽")
 
 
-def test_a_model_that_has_changed_is_read_anew(model, tokenizer, compiled):
-    settings = {"max_new_tokens": 15, "temperature": 0}
+def test_a_model_that_has_changed_is_read_anew(model, tokenizer, engine):
+    settings = {"max_new_tokens": 15, "temperature": 0, "engine": engine}
     before = generate(model, tokenizer, "白日", **settings)
     for weight in model.trainable_weights:
         weight.assign(weight * -1)
@@ -288,15 +286,17 @@ def test_a_model_that_is_trained_on_is_read_anew(build, model, tokenizer, jit_co
     assert len(set(texts)) > 2
 
 
-def test_a_model_of_nan_is_said(model, tokenizer, compiled):
+def test_a_model_of_nan_is_said(model, tokenizer, engine):
     weight = model.get_layer("token_embedding").weights[0]
     weight.assign(weight * float("nan"))
     for settings in ({}, {"temperature": 0}, {"num_beams": 2}):
-        assert "not numbers (NaN)" in message_of(ValueError, generate, model, tokenizer, "白", **settings)
+        assert "not numbers (NaN)" in message_of(
+            ValueError, generate, model, tokenizer, "白", engine=engine, **settings
+        )
 
 
-def test_streams_read_in_turns_are_what_they_are_alone(model, tokenizer, compiled):
-    prompts, settings = ["白日", "", "依", "白日"], {"max_new_tokens": 30, "temperature": 1.0}
+def test_streams_read_in_turns_are_what_they_are_alone(model, tokenizer, engine):
+    prompts, settings = ["白日", "", "依", "白日"], {"max_new_tokens": 30, "temperature": 1.0, "engine": engine}
     alone = [generate(model, tokenizer, prompt, seed=i, **settings) for i, prompt in enumerate(prompts)]
     streams = [stream(model, tokenizer, prompt, seed=i, **settings) for i, prompt in enumerate(prompts)]
     texts = [""] * len(prompts)
@@ -311,8 +311,8 @@ def test_streams_read_in_turns_are_what_they_are_alone(model, tokenizer, compile
     assert texts == alone
 
 
-def test_streams_read_by_threads_are_what_they_are_alone(model, tokenizer, compiled):
-    settings = {"max_new_tokens": 60, "temperature": 1.0}
+def test_streams_read_by_threads_are_what_they_are_alone(model, tokenizer, engine):
+    settings = {"max_new_tokens": 60, "temperature": 1.0, "engine": engine}
     texts = {}
 
     def write(seed):

@@ -216,7 +216,7 @@ def test_logits_are_those_of_numpy_for_any_number_of_rows(name, num_rows):
     weights = WEIGHTS[name]()
     generator = np.random.default_rng(0)
     ids = generator.integers(0, 41, (num_rows, 6))
-    readers = [decoding.decoder(weights, num_rows, compiled) for compiled in (False, True)]
+    readers = [decoding.decoder(weights, num_rows, engine) for engine in ("numpy", "numba")]
     for start, end in ((0, 3), (3, 4), (4, 6)):
         rows = np.repeat(np.arange(num_rows), end - start)
         positions = np.tile(np.arange(start, end), num_rows)
@@ -236,7 +236,7 @@ def test_a_row_of_zeros_is_a_matrix_too():
     weights = lstm_weights([8, 16], [])
     weights.head[0][0][:, 5] = 0
     weights.head[0][1][5] = 2
-    logits = decoding.decoder(weights, 1, compiled=True).read(*np.zeros((3, 1), np.int64))
+    logits = decoding.decoder(weights, 1, "numba").read(*np.zeros((3, 1), np.int64))
     assert np.isfinite(logits).all()
     assert logits[0, 5] == 2
 
@@ -244,7 +244,7 @@ def test_a_row_of_zeros_is_a_matrix_too():
 def test_models_of_any_depth_and_origin_run_the_same_compiled_code():
     # Another layout in memory would be compiled anew, for seconds, and is read more slowly.
     for model in [*(make() for make in WEIGHTS.values()), models.lstm(41, 8), models.transformer(41, 8)]:
-        decoding.decoder(model, 1, compiled=True).read(*np.zeros((3, 1), np.int64))
+        decoding.decoder(model, 1, "numba").read(*np.zeros((3, 1), np.int64))
     assert len(kernels._read_transformer.signatures) == len(kernels._lstm_layer.signatures) == 1
 
 
@@ -257,7 +257,7 @@ def test_written_on_is_read_and_chosen_step_by_step(num_rows):
     choosing = choice.Choosing(bias, 3, np.float32(3), 30, *shares)
     rows, ids = np.arange(num_rows), np.random.default_rng(1).integers(4, 41, num_rows)
     uniforms = np.random.default_rng(3).random((num_rows, 11))
-    at_once, step_by_step = (decoding.decoder(weights, num_rows, compiled=True) for _ in range(2))
+    at_once, step_by_step = (decoding.decoder(weights, num_rows, "numba") for _ in range(2))
     written = at_once.write(rows, np.zeros(num_rows, np.int64), ids, uniforms, choosing)
     for step in range(11):
         expected = np.full(num_rows, -1)
@@ -277,7 +277,7 @@ sys.path.insert(0, "tests")
 from test_kernels import transformer_weights
 from aigc_tf import decoding
 weights = transformer_weights(int(sys.argv[1]))
-read = [decoding.decoder(weights, 1, compiled).read(*np.zeros((3, 1), np.int64)) for compiled in (False, True)]
+read = [decoding.decoder(weights, 1, engine).read(*np.zeros((3, 1), np.int64)) for engine in ("numpy", "numba")]
 np.testing.assert_allclose(*read, atol=0.01)
 """
 
@@ -303,13 +303,12 @@ sys.path.insert(0, "tests")
 from test_kernels import lstm_weights, transformer_weights
 from aigc_tf import Tokenizer, generation
 
-generation.is_compiled = lambda *_: True
 tokenizer = Tokenizer.train(["白日依山尽黄河入海流"])
 models = [transformer_weights(2, vocab_size=tokenizer.vocab_size), lstm_weights([8, 16], [], tokenizer.vocab_size)]
 models *= 2
 
 def write(i, model):
-    texts[i] = "".join(generation.stream(model, tokenizer, "白", seed=i, max_new_tokens=150))
+    texts[i] = "".join(generation.stream(model, tokenizer, "白", seed=i, max_new_tokens=150, engine="numba"))
 
 texts = {}
 for i, model in enumerate(models):
