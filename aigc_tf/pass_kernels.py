@@ -13,6 +13,9 @@ from .compilation import compiled
 from .matrices import exp
 
 _f32, _u32 = np.float32, np.uint32
+# Sums in any order, and what else makes loops fast, but infinity and what is no number stay what they are.
+_FAST = {"reassoc", "nsz", "arcp", "contract", "afn"}
+_FAR = _f32(8)  # where the GELU is x or 0 to all digits, and no product of what it is made of leaves float32
 _GELU_SCALE, _GELU_CUBIC = _f32(math.sqrt(2 / math.pi)), _f32(0.044715)
 
 
@@ -57,7 +60,7 @@ def _largest(x, n, work):
     return work[0]
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=_FAST)
 def cross_entropy(first, last, logits, targets, share, nats, gradient):
     num_logits = logits.shape[1]
     x, work = np.empty(num_logits, np.float32), np.empty(num_logits, np.float32)
@@ -78,27 +81,32 @@ def cross_entropy(first, last, logits, targets, share, nats, gradient):
         out[target] = _rounded(out, x[target] * scale - share)
 
 
-@compiled(fastmath=True)
+@register_jitable
+def _odds(v):
+    """Compute exp(-2 z), where z is what the GELU takes the tanh of: (1 + tanh(z)) / 2 is 1 / (1 + exp(-2 z))."""
+    return exp(_f32(-2) * _GELU_SCALE * v * (_f32(1) + _GELU_CUBIC * v * v))
+
+
+@compiled(fastmath=_FAST)
 def gelu(first, last, x, y):
     for row in range(first, last):
         source, out = x[row], y[row]
         for j in range(x.shape[1]):
             v = _load(source, j)
-            # (1 + tanh(z)) / 2 is 1 / (1 + exp(-2 z)).
-            z = _GELU_SCALE * v * (_f32(1) + _GELU_CUBIC * v * v)
-            out[j] = _rounded(out, v / (_f32(1) + exp(_f32(-2) * z)))
+            out[j] = _rounded(out, v / (_f32(1) + _odds(min(max(v, -_FAR), _FAR))))
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=_FAST)
 def gelu_gradient(first, last, x, d_y, d_x):
     for row in range(first, last):
         source, given, out = x[row], d_y[row], d_x[row]
         for j in range(x.shape[1]):
-            v = _load(source, j)
-            cubic = _GELU_CUBIC * v * v
-            share = _f32(1) / (_f32(1) + exp(_f32(-2) * _GELU_SCALE * v * (_f32(1) + cubic)))
-            slope = _f32(2) * _GELU_SCALE * (_f32(1) + _f32(3) * cubic)
-            out[j] = _rounded(out, _load(given, j) * (share + v * share * (_f32(1) - share) * slope))
+            v = min(max(_load(source, j), -_FAR), _FAR)
+            odds = _odds(v)
+            share = _f32(1) / (_f32(1) + odds)
+            slope = _f32(2) * _GELU_SCALE * (_f32(1) + _f32(3) * _GELU_CUBIC * v * v)
+            # Not 1 - share, which is rounding where it should be nothing.
+            out[j] = _rounded(out, _load(given, j) * (share + v * share * (odds * share) * slope))
 
 
 @register_jitable
@@ -115,7 +123,7 @@ def _centred(source, n, out):
     return squares / _f32(n)
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=_FAST)
 def layer_norm(first, last, x, gamma, beta, epsilon, y):
     n = x.shape[1]
     v = np.empty(n, np.float32)
@@ -126,7 +134,7 @@ def layer_norm(first, last, x, gamma, beta, epsilon, y):
             out[j] = _rounded(out, v[j] * scale * gamma[j] + beta[j])
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=_FAST)
 def layer_norm_gradient(first, last, x, gamma, epsilon, d_y, d_x, sums):
     n = x.shape[1]
     v, d_v = np.empty(n, np.float32), np.empty(n, np.float32)
@@ -147,7 +155,7 @@ def layer_norm_gradient(first, last, x, gamma, epsilon, d_y, d_x, sums):
             out[j] = _rounded(out, scale * (d_v[j] - mean - v[j] * slope))
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=_FAST)
 def causal_softmax(first, last, scores, scale, probabilities):
     length = scores.shape[1]
     x, work = np.empty(length, np.float32), np.empty(length, np.float32)
@@ -167,7 +175,7 @@ def causal_softmax(first, last, scores, scale, probabilities):
                 out[j] = _rounded(out, _f32(0))
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=_FAST)
 def causal_softmax_gradient(first, last, probabilities, d_probabilities, d_scores, scale):
     length = probabilities.shape[1]
     for square in range(first, last):
@@ -183,7 +191,7 @@ def causal_softmax_gradient(first, last, probabilities, d_probabilities, d_score
                 out[j] = _rounded(out, _f32(0))
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=_FAST)
 def sum_of_squares(x):
     total = np.float64(0)
     for start in range(0, len(x), 1024):  # float32 in vectors, float64 for what would be lost in a long sum

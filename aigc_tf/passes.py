@@ -6,9 +6,8 @@ processor's cache, and written. Arrays are float32 or bfloat16, and all function
 """
 
 import math
-import sys
-import threading
-from collections import defaultdict
+import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -30,11 +29,22 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, num_threads: int) -> 
 
     Returns:
         The nats of each row, float32 (N,), and the gradient, like `logits`.
+
+    Raises:
+        ValueError: a target is none of the V.
     """
+    check_targets(targets, logits.shape[1])
     nats, gradient = _empty(targets.shape, _f32), _empty_like(logits)
     share = _f32(1 / len(targets))
     _in_threads(pass_kernels.cross_entropy, num_threads, _bits(logits), targets, share, nats, _bits(gradient))
     return nats, gradient
+
+
+def check_targets(targets: np.ndarray, vocab_size: int) -> None:
+    """Refuse targets that are no tokens, where indexing would take another token or leave the array."""
+    if targets.size and not 0 <= (first := targets.min()) <= (last := targets.max()) < vocab_size:
+        wrong = first if first < 0 else last
+        raise ValueError(f"Targets must be from 0 to {vocab_size - 1}, the tokens of the vocabulary, got {wrong}.")
 
 
 def gelu(x: np.ndarray, num_threads: int) -> np.ndarray:
@@ -146,30 +156,35 @@ def adamw(
 
 def let_go_of_memory() -> None:
     """Free the memory that is kept for the next results."""
-    with _lock:
-        _kept.clear()
+    _idle.clear()
 
 
 # --- memory and threads -----------------------------------------------------------------------------------------
 
 # Memory from the system comes page by page, which takes as long as a pass over it: so what TensorFlow has let go of is
-# used again.
-_kept: dict[int, list[np.ndarray]] = defaultdict(list)
-_lock = threading.Lock()
-_FREE = 3  # references: of the list, of the loop, and of getrefcount itself
+# used again. By size in bytes; a deque, which needs no lock: memory comes back in any thread, and amidst any line.
+_idle: dict[int, deque[np.ndarray]] = {}
+
+
+class _Loan:
+    """Memory lent to an array: the base of that array and of all its views, so it lives as long as any of them."""
+
+    def __init__(self, memory: np.ndarray):
+        self.__array_interface__ = memory.__array_interface__
 
 
 def _empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    with _lock:
-        for memory in _kept[size]:
-            if sys.getrefcount(memory) == _FREE:
-                break
-        else:
-            memory = np.empty(size + _ALIGNMENT, np.uint8)
-            _kept[size].append(memory)
+    idle = _idle.setdefault(size, deque())
+    try:
+        memory = idle.pop()
+    except IndexError:
+        memory = np.empty(size + _ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % _ALIGNMENT
-        return memory[start : start + size].view(dtype).reshape(shape)
+        memory = memory[start : start + size]
+    loan = _Loan(memory)
+    weakref.finalize(loan, idle.append, memory).atexit = False
+    return np.asarray(loan).view(dtype).reshape(shape)
 
 
 def _empty_like(x: np.ndarray) -> np.ndarray:

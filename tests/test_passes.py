@@ -1,4 +1,6 @@
 import math
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -57,6 +59,12 @@ def test_cross_entropy_of_far_logits_is_finite_and_of_no_number_is_none():
     assert math.isnan(nats[0])
 
 
+@pytest.mark.parametrize("wrong", [-100, -1, 4, 7])
+def test_targets_outside_the_vocabulary_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"Targets must be from 0 to 3, the tokens of the vocabulary, got {wrong}"):
+        passes.cross_entropy(normal((2, 4)), np.array([1, wrong], np.int32), 1)
+
+
 @PRECISIONS
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gelu(shape, dtype, tolerance):
@@ -66,6 +74,64 @@ def test_gelu(shape, dtype, tolerance):
     x, d_y = normal(shape, dtype, 3.0), normal(shape, dtype, seed=1)
     assert_close(passes.gelu(x, 2), reference(as_float64(x)), tolerance)
     assert_close(passes.gelu_gradient(x, d_y, 2), as_float64(d_y) * slope(reference, as_float64(x)), tolerance)
+
+
+# From small to far beyond what a model at rest has; tested number by number, not against the largest.
+GRID = np.concatenate([-np.geomspace(1e4, 1e-4, 300), [0.0], np.geomspace(1e-4, 1e4, 300)])
+
+
+def assert_each_close(got, expected, tolerance, least=0.1):
+    np.testing.assert_allclose(as_float64(got), expected, rtol=tolerance, atol=least * tolerance)
+
+
+@PRECISIONS
+def test_gelu_of_far_numbers(dtype, tolerance):
+    x = GRID.astype(dtype)[None]
+    v = as_float64(x)
+    share = 1 / (1 + np.exp(-2 * np.clip(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3), -300, 300)))
+    slope = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * v**2)
+    assert_each_close(passes.gelu(x, 1), v * share, tolerance)
+    assert_each_close(passes.gelu_gradient(x, np.ones_like(x), 1), share + v * share * (1 - share) * slope, tolerance)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("low", [-1e4, -1e9, -1e30, -np.inf])
+def test_softmaxes_of_far_numbers(dtype, tolerance, low):
+    rows = np.random.default_rng(0).permutation(np.tile(GRID, (8, 1)), axis=1).astype(dtype)
+    rows = np.hstack([rows / dtype(scale) for scale in (1, 10, 100, 1000)])[:, :2000]
+    rows[:, ::7] = low
+    v = as_float64(rows)
+    odds = np.exp(v - v.max(1, keepdims=True))
+    expected = odds / odds.sum(1, keepdims=True)
+    targets = np.array([1, 1999, *v.argmax(1)[2:]], np.int32)
+    nats, gradient = passes.cross_entropy(rows, targets, 2)
+    chosen = v[np.arange(8), targets]
+    np.testing.assert_allclose(nats, v.max(1) + np.log(odds.sum(1)) - chosen, rtol=1e-5, atol=1e-5)
+    shares = expected.copy()
+    shares[np.arange(8), targets] -= 1
+    assert_each_close(as_float64(gradient) * 8, shares, tolerance)
+    square = np.tile(rows[:, :500, None].transpose(0, 2, 1), (1, 500, 1))
+    v = np.where(np.tri(500, dtype=bool), as_float64(square), -np.inf)[:, 3:]
+    odds = np.exp((v - v.max(-1, keepdims=True)) / 2)
+    assert_each_close(passes.causal_softmax(square, 0.5, 2)[:, 3:], odds / odds.sum(-1, keepdims=True), tolerance)
+
+
+@PRECISIONS
+def test_layer_norm_of_rows_that_are_constant_or_far_from_zero(dtype, tolerance):
+    width = 384
+    rows = np.concatenate([np.zeros((1, width)), np.ones((2, width)) * [[1e4], [-3.3]], GRID[:width][None]])
+    rows = np.concatenate([rows, 1e3 + normal((1, width)), 1e4 * normal((1, width), seed=1)]).astype(dtype)
+    gamma, beta, d_y = normal(width, seed=2), normal(width, seed=3), normal(rows.shape, dtype, seed=4)
+    v = tf.constant(as_float64(rows))
+    with tf.GradientTape() as tape:
+        tape.watch(v)
+        mean, variance = tf.nn.moments(v, [-1], keepdims=True)
+        y = (v - mean) / tf.sqrt(variance + 1e-5) * gamma.astype(float) + beta.astype(float)
+    expected = tape.gradient(y, v, tf.constant(as_float64(d_y))).numpy()
+    got = passes.layer_norm_gradient(rows, gamma, d_y, 1e-5, 1)[0]
+    for i, one in enumerate(passes.layer_norm(rows, gamma, beta, 1e-5, 1)):
+        assert_each_close(one, y[i].numpy(), max(tolerance, 2e-4), least=1.0)
+        assert_close(got[i], expected[i], max(tolerance, 2e-4))
 
 
 @PRECISIONS
@@ -102,14 +168,56 @@ def test_causal_softmax(shape, dtype, tolerance):
 
 def test_results_keep_their_memory_and_memory_is_used_again():
     x = normal((100, 100))
-    first = passes.gelu(x, 1)
-    copy = first.copy()
-    second = passes.gelu(-x, 1)
-    assert (first == copy).all()
-    address = second.ctypes.data
-    assert address % 64 == 0
-    del second
-    assert passes.gelu(x, 1).ctypes.data == address
+    passes.let_go_of_memory()
+    results = [passes.gelu(x, 1) for _ in range(3)]
+    addresses = {result.ctypes.data for result in results}
+    assert len(addresses) == 3
+    assert all(address % 64 == 0 for address in addresses)
+    copy = results[1].copy()
+    del results[0]
+    results += [passes.gelu(-x, 1), passes.gelu(-x, 1)]
+    assert results[2].ctypes.data in addresses  # what was free
+    assert results[3].ctypes.data not in addresses
+    np.testing.assert_array_equal(results[0], copy)
+
+
+@pytest.mark.parametrize("view", [lambda x: x[3:], lambda x: x.reshape(-1).view(np.uint8), memoryview, tf.constant])
+def test_a_view_keeps_the_memory_of_a_result(view):
+    x = normal((100, 100))
+    result = passes.gelu(x, 1)
+    address, part = result.ctypes.data, view(result)
+    copy = np.array(part)
+    del result
+    passes.gelu(-x, 1)
+    np.testing.assert_array_equal(np.array(part), copy)
+    if view is not tf.constant:  # a copy
+        assert passes.gelu(-x, 1).ctypes.data != address
+
+
+def test_memory_is_let_go_of():
+    result = passes.gelu(normal((100, 100)), 1)
+    size = result.nbytes
+    del result
+    memory = weakref.ref(passes._idle[size][-1].base)
+    passes.let_go_of_memory()
+    assert memory() is None
+    late = passes.gelu(normal((100, 100)), 1)
+    passes.let_go_of_memory()
+    del late
+    assert not passes._idle
+
+
+def test_threads_share_no_memory():
+    x = np.arange(20.0, dtype=np.float32)[:, None] * np.ones(257, np.float32)
+
+    def check(i):
+        for _ in range(300):
+            results = [passes.gelu(x[j : j + 1], 1) for j in (i, i + 1)]
+            assert all((result == result[0, 0]).all() for result in results)
+            assert results[0][0, 0] != results[1][0, 0]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(check, range(2, 18)))
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1e9, 0.5])
@@ -137,3 +245,17 @@ def test_adamw_is_spoilt_by_gradients_that_are_no_numbers():
     settings = {"rate": 0.01, "step": 1, "beta_1": 0.9, "beta_2": 0.95, "epsilon": 1e-7}
     weights, *_ = passes.adamw(*arrays, [0.0], **settings, clip_norm=1.0, num_threads=1)
     assert np.isnan(weights).all()
+
+
+def test_adamw_of_far_and_of_no_gradients():
+    gradients = np.concatenate([GRID, [0.0, 1e-30, -1e-30, 1e15]]).astype(np.float32)
+    ones = np.ones_like(gradients)
+    settings = {"rate": 0.5, "step": 1, "beta_1": 0.9, "beta_2": 0.95, "epsilon": 1e-7, "clip_norm": None}
+    weights, momenta, velocities = passes.adamw(
+        [ones], [gradients], [0 * ones], [0 * ones], [0.0], **settings, num_threads=1
+    )
+    g = as_float64(gradients)
+    step = 0.5 * math.sqrt(0.05) / 0.1 * (0.1 * g) / (np.sqrt(0.05 * g**2) + 1e-7)
+    np.testing.assert_allclose(weights, 1 - step, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(momenta, 0.1 * g, rtol=1e-5)
+    np.testing.assert_allclose(velocities, 0.05 * g**2, rtol=1e-5, atol=1e-37)
