@@ -1,7 +1,6 @@
 """The pipeline: run_pipeline(), the six steps from documents to a run folder in one call."""
 
 import inspect
-import os
 
 from .checkpoints import delete_checkpoints
 from .dataset import make_dataset, make_store
@@ -14,10 +13,8 @@ from .models import build
 from .saving import save
 from .segmentation import as_user_dict, remove_stopwords
 from .text import documents_sha256, split
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, usual_processes
 from .training import train
-
-_WORD_CHARS_FOR_PROCESSES = 10_000_000
 
 
 def run_pipeline(
@@ -118,8 +115,7 @@ def run_pipeline(
             f"stopwords: {share:.1%} of the words to learn from are gone, and the model does not learn to write them; "
             "the held-out documents stay whole"
         )
-    is_large = unit == "word" and num_chars > _WORD_CHARS_FOR_PROCESSES
-    processes = os.cpu_count() or 1 if is_large else 1
+    processes = usual_processes(num_chars, unit, user_dict)
     tokenizer = Tokenizer.train(train_documents, unit, vocab_size, user_dict=user_dict, processes=processes)
     ids = make_store(train_documents, tokenizer, processes=processes)
     train_data = make_dataset(ids, tokenizer, context, batch_size, seed)

@@ -48,10 +48,15 @@ def segment(
 
 def segmenter(user_dict: tuple[str, ...] = (), hmm: bool = False) -> Callable[[str], list[str]]:
     """Return the function that cuts one text, its dictionary loaded once and shared by later calls."""
-    if not hmm and not user_dict and (cut := _rust_cut()):
-        return cut
+    if not hmm and is_rust(user_dict):
+        return _rust_cut()
     jieba_tokenizer = _jieba_tokenizer(user_dict)
     return functools.partial(jieba_tokenizer.lcut, HMM=hmm)
+
+
+def is_rust(user_dict: Sequence[str] = ()) -> bool:
+    """Tell whether words without HMM are cut in Rust: where the extra `fast` is installed, and no user dictionary."""
+    return not user_dict and _rust_cut() is not None
 
 
 def load_user_dict(path) -> tuple[str, ...]:
@@ -155,9 +160,10 @@ def remove_stopwords(
     """
     check_documents(documents)
     stopwords, user_dict = _as_stopwords(stopwords), as_user_dict(user_dict)
+    cut = segmenter(user_dict)
     kept_documents, num_words, num_kept = [], 0, 0
     for document in documents:
-        words = segment(document, user_dict=user_dict)
+        words = cut(document)
         kept = [word for word in words if word not in stopwords]
         num_words += len(words)
         num_kept += len(kept)

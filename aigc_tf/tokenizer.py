@@ -5,15 +5,15 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from .chunks import map_chunks
+from .chunks import map_chunks, usable_cores
 from .files import write_json
-from .segmentation import as_user_dict, segmenter
+from .segmentation import as_user_dict, is_rust, segmenter
 from .text import check_documents
 
 UNITS = ("char", "word")
@@ -81,8 +81,7 @@ class Tokenizer:
             vocab_size: the size of the vocabulary at the most, with the 259 special and byte ids;
                 by default 6,000 for characters and 20,000 for words.
             user_dict: a jieba user dictionary, its file or its lines; only for words.
-            processes: how many processes segment; above 1 only from code under `if __name__ ==
-                "__main__":` or in a notebook, and worth it for words from about 10 million characters on.
+            processes: how many processes segment (see `usual_processes`).
 
         Returns:
             A `Tokenizer`.
@@ -121,7 +120,9 @@ class Tokenizer:
         Returns:
             `list[int]`, each at least 3 and below `vocab_size`.
         """
-        words = text if self.unit == "char" else self._segment(text)
+        if self.unit == "char":
+            return self._encode_characters(text).tolist()
+        words = self._cut(text)
         get = self._ids.get
         ids = [get(word) for word in words]
         if None not in ids:
@@ -233,8 +234,13 @@ class Tokenizer:
     def _as_dict(self) -> dict:
         return {"unit": self.unit, "user_dict": list(self.user_dict), "pieces": list(self.pieces)}
 
-    def _segment(self, text: str) -> list[str]:
-        return segmenter(self.user_dict)(text)
+    def __getstate__(self) -> dict:
+        # For another process: what is made from these is made there, and it is larger than they are.
+        return {name: self.__dict__[name] for name in ("pieces", "unit", "user_dict", "_ids")}
+
+    @functools.cached_property
+    def _cut(self) -> Callable[[str], list[str]]:
+        return segmenter(self.user_dict)
 
     def _spell(self, word: str) -> list[int]:
         """Spell a word that the vocabulary lacks in characters, and those that it lacks in bytes."""
@@ -252,7 +258,7 @@ class Tokenizer:
         for document in documents:
             counts.update(document)
             if self.unit == "word":
-                counts.update(word for word in self._segment(document) if len(word) > 1)
+                counts.update(word for word in self._cut(document) if len(word) > 1)
         # UTF-8 has no surrogates, so a vocabulary file could not hold them: they are spelt in bytes.
         return Counter({piece: n for piece, n in counts.items() if not _SURROGATE.search(piece)})
 
@@ -260,12 +266,22 @@ class Tokenizer:
         return [self._encode_document(document) for document in documents]
 
     def _encode_document(self, document: str) -> np.ndarray:
-        if self.unit == "char":
-            code_points = np.frombuffer(document.encode("utf-32-le", "surrogatepass"), "<u4")
-            ids = self._id_of_code_point[code_points]
-            if (ids >= 0).all():
-                return np.concatenate(([self.BOS], ids, [self.EOS]), dtype=np.int32)
-        return np.array([self.BOS, *self.encode(document), self.EOS], np.int32)
+        ids = self._encode_characters(document) if self.unit == "char" else self.encode(document)
+        return np.concatenate(([self.BOS], ids, [self.EOS]), dtype=np.int32, casting="unsafe")
+
+    def _encode_characters(self, text: str) -> np.ndarray:
+        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        ids = self._id_of_code_point[code_points]
+        is_unknown = ids < 0
+        if not is_unknown.any():
+            return ids
+        unknown = code_points[is_unknown]
+        sizes = np.ones(len(ids), np.int64)
+        sizes[is_unknown] = 1 + np.searchsorted((0x80, 0x800, 0x10000), unknown, side="right")
+        ids, is_byte = np.repeat(ids, sizes), np.repeat(is_unknown, sizes)
+        spelt = unknown.tobytes().decode("utf-32-le", "surrogatepass").encode("utf-8", "surrogatepass")
+        ids[is_byte] = np.frombuffer(spelt, np.uint8).astype(np.int32) + _FIRST_BYTE
+        return ids
 
     @functools.cached_property
     def _id_of_code_point(self) -> np.ndarray:
@@ -274,6 +290,13 @@ class Tokenizer:
             if len(piece) == 1:
                 table[ord(piece)] = i
         return table
+
+
+def usual_processes(num_chars: int, unit: str, user_dict: Sequence[str] = ()) -> int:
+    """Choose how many processes are worth their start to segment and encode so much text."""
+    if unit == "char" or num_chars < (100_000_000 if is_rust(user_dict) else 10_000_000):
+        return 1
+    return usable_cores()
 
 
 def check_vocabulary(model, tokenizer: Tokenizer) -> None:

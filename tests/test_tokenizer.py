@@ -74,6 +74,18 @@ def test_ids_of_a_text_are_no_special_ones_and_in_the_vocabulary(tokenizer, text
     assert all(3 <= i < tokenizer.vocab_size for i in tokenizer.encode(text))
 
 
+@often
+@given(text=st.lists(st.text(max_size=3) | han_text | surrogate_text, max_size=4).map("".join))
+def test_the_ids_of_characters_are_those_of_each_alone(text):
+    tokenizer = Tokenizer(["春", "眠", "🐉", "a"])
+    ids = []
+    for character in text:
+        known = tokenizer.piece_id(character)
+        ids += [3 + byte for byte in character.encode("utf-8", "surrogatepass")] if known is None else [known]
+    assert tokenizer.encode(text) == ids
+    assert next(tokenizer.encode_documents([text])).tolist() == [1, *ids, 2]
+
+
 def test_special_ids_are_fixed_and_give_no_text(tokenizer):
     assert (tokenizer.PAD, tokenizer.BOS, tokenizer.EOS) == (0, 1, 2)
     春, 天 = tokenizer.encode("春")[0], tokenizer.encode("天")[0]
@@ -319,6 +331,20 @@ def test_encode_documents_reads_no_more_than_a_chunk_ahead(tokenizer, monkeypatc
     documents = iter(PROSE)
     next(tokenizer.encode_documents(documents))
     assert next(documents) == PROSE[1]
+
+
+def test_a_user_dictionary_is_looked_up_once(monkeypatch):
+    hashed = []
+
+    class Lines(tuple):
+        def __hash__(self):
+            hashed.append(1)
+            return super().__hash__()
+
+    tokenizer = Tokenizer(["春"], "word", USER_DICT)
+    tokenizer.user_dict = Lines(tokenizer.user_dict)
+    list(tokenizer.encode_documents(PROSE * 3))
+    assert len(hashed) <= 2
 
 
 def test_two_processes_give_what_one_gives(monkeypatch):
