@@ -2,176 +2,136 @@
 
     pip install -e ".[fast]" torch transformers keras-hub llama-cpp-python gguf
     python benchmarks/generation_speed.py                                   # all that are installed
-    python benchmarks/generation_speed.py --sizes S --systems ours llama.cpp-f16
+    python benchmarks/generation_speed.py --sizes S --systems ours llama.cpp-q8_0 --threads 1
 
 Each writes 200 new tokens after a prompt of 16, one row or 16 rows at once, with top-k 50 at temperature 1. The models
 have the shape of GPT-2 (learned positions, biases, GELU by tanh, the token embedding as head), a vocabulary of 8,192,
-and random weights, wide enough that two thirds of a text's tokens are different ones. All compute in float32; but with
-numba ours keeps and multiplies matrices in 16 bits, as llama.cpp keeps them from its f16 file, and keys and values in
-either case.
-keras-hub is compiled by XLA, and llama.cpp reads the newest tokens of all rows in one call: both are fastest that way.
+and random weights, wide enough that two thirds of a text's tokens are different ones: S is 4 layers, 256 wide, M is 6
+layers, 384 wide, base is GPT-2's own 12 layers, 768 wide.
+
+What they compute in is part of what is compared, so the error of the logits after the prompts stands beside the speed:
+the root of its mean square against float32, in standard deviations of the logits. Ours keeps and multiplies matrices in
+16 bits, llama.cpp keeps them as its file does (f32, f16, or q8_0, which its users take most), Hugging Face's `eager` is
+`generate` as it comes, in float32; `compiled` has its static cache and `torch.compile`, in float32 and in bfloat16.
+keras-hub is compiled by XLA, on TensorFlow, in float32. llama-cpp-python compiles llama.cpp for this processor when it
+is installed, which wheels of other packages do not; it is driven from Python here, a call for each token of all rows,
+which costs it some 10 to 20 microseconds a token: its own `llama-batched-bench` has none of that.
 
 No text ends early: the peers know no end of text here, ours bans it, and a child that counts other than the tokens
 it was asked for stops. Ours bans parts of characters too, so that each new token is one character of the text.
 
-Each system has a process of its own for each size and batch, with the same number of threads. It waits for orders and
-does nothing meanwhile; in each round all take their turns, so that slow changes of the machine hit all alike. But be
-alone on it: threads that wait for each other lose far more than their share of the time, ours, PyTorch's and
-llama.cpp's, and `--threads 1` then tells more. The first call holds what is compiled, by numba too, which else keeps it
-on disk. Other figures are medians over the rounds.
+The allocator is the same for all (see `turns.py`). But be alone on the machine: threads that wait for each other lose
+far more than their share of the time, ours, PyTorch's and llama.cpp's, and `--threads 1` then tells more. The first
+call holds what is compiled, by numba too, which else keeps it on disk. Other figures are medians over the rounds.
 """
 
 import argparse
-import contextlib
 import functools
-import importlib.metadata
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import turns
 
 SIZES = {
     "S": {"num_layers": 4, "num_heads": 4, "hidden_dim": 256},
     "M": {"num_layers": 6, "num_heads": 6, "hidden_dim": 384},
+    "base": {"num_layers": 12, "num_heads": 12, "hidden_dim": 768},
 }
 VOCAB_SIZE, CONTEXT = 8_192, 256
 FIRST_PIECE = 259  # of our tokenizer; before it come three special ids and 256 bytes
 PROMPT_TOKENS, NEW_TOKENS, TOP_K = 16, 200, 50
 STDDEV = 0.08  # of the weights
-THREAD_SETTINGS = "NUMBA_NUM_THREADS OMP_NUM_THREADS OPENBLAS_NUM_THREADS TF_NUM_INTRAOP_THREADS".split()
 
 
 def main() -> None:
     """Print the tables, or as a child process make a system and let it write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each system")
-    parser.add_argument("--passes", type=int, default=5, metavar="N", help="rounds after the one to warm up")
+    turns.add_options(parser)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], metavar="B", help="rows at once")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measured time here")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         system, size, batch = options.child
-        serve(SYSTEMS[system][0], SIZES[size], int(batch), options.threads)
+        turns.serve(lambda: make(system, SIZES[size], int(batch), options.threads))
         return
-    systems = [system for system in options.systems if is_installed(system)]
+    systems = turns.installed(SYSTEMS, options.systems)
+    facts = turns.machine({package for system in systems for package in SYSTEMS[system][1]})
+    settings = {name: getattr(options, name) for name in ("threads", "passes")}
+    turns.show_machine(facts)
     results = [
         result
         for size in options.sizes
         for batch in options.batches
-        for result in measure(systems, size, batch, options.threads, options.passes)
+        for result in measure(systems, size, batch, options)
     ]
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps({"machine": facts, "settings": settings, "results": results}, indent=1))
     print_tables(results)
 
 
-def is_installed(system: str) -> bool:
-    """Tell whether the packages that a system needs are there, and print their versions or that it is skipped."""
-    try:
-        versions = [f"{package} {importlib.metadata.version(package)}" for package in SYSTEMS[system][1]]
-    except importlib.metadata.PackageNotFoundError as error:
-        print(f"{system}: skipped, {error.name} is not installed")
-        return False
-    print(f"{system}: {', '.join(versions)}")
-    return True
-
-
-# --- the parent: asks, measures, prints -------------------------------------------------------------------------
-
-
-def measure(systems: list[str], size: str, batch: int, threads: int, passes: int) -> list[dict]:
-    """Start the systems with one size and batch, and let them write in turns; return the seconds of every call."""
-    results, processes = [], {}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "NUMBA_CACHE_DIR": folder}
-        environment |= dict.fromkeys(THREAD_SETTINGS, str(threads))
-        for system in systems:
-            command = [sys.executable, __file__, "--threads", str(threads), "--child", system, size, str(batch)]
-            log = stack.enter_context(open(Path(folder) / f"{system}.log", "w+", encoding="utf-8"))
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True
-            )
-            processes[system] = stack.enter_context(process)
-            try:
-                first_call = ask(process, NEW_TOKENS)
-                ask(process, 1)  # keras-hub compiles for every length
-            except BrokenPipeError:
-                log.seek(0)
-                print(f"{system}: failed at {size}, batch {batch}\n{log.read()[-1500:]}")
-                continue
-            results.append({"system": system, "size": size, "batch": batch, "threads": threads})
-            results[-1] |= {"first_call_seconds": first_call, "first_token_seconds": [], "seconds": []}
-        for _ in range(passes):
-            for result in results:
-                result["first_token_seconds"].append(ask(processes[result["system"]], 1))
-                result["seconds"].append(ask(processes[result["system"]], NEW_TOKENS))
-    return results
-
-
-def ask(process: subprocess.Popen, new_tokens: int) -> float:
-    """Let a child write, and return the seconds it took."""
-    process.stdin.write(f"{new_tokens}\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        raise BrokenPipeError
-    return float(answer)
+def measure(systems: list[str], size: str, batch: int, options) -> list[dict]:
+    """Let the systems write with one size and batch, in turns, with each allocator."""
+    children, keys = {}, {}
+    environment = {**dict.fromkeys(turns.THREADS, str(options.threads)), "KERAS_BACKEND": "tensorflow"}
+    for system in systems:
+        for allocator in options.allocators:
+            arguments = ["--threads", str(options.threads), "--child", system, size, str(batch)]
+            name = f"{system}, {size}, {batch} rows, {allocator}"
+            children[name] = (arguments, environment, allocator)
+            keys[name] = {"system": system, "size": size, "batch": batch, "allocator": allocator}
+    # keras-hub compiles for every length.
+    results = turns.measure(children, [NEW_TOKENS, 1], [1, NEW_TOKENS], options.passes)
+    return [{**keys[name], **result} for name, result in results.items()]
 
 
 def print_tables(results: list[dict]) -> None:
-    """Print speeds, ours as a multiple of the peers', and the times to the first token and of the first call."""
-    columns = list(dict.fromkeys((result["size"], result["batch"]) for result in results))
-    speeds, first_tokens, first_calls = {}, {}, {}
+    """Print speeds, ours as a multiple of the peers', the errors of logits, and how long a first token takes."""
+    speeds, errors, first_tokens, first_calls, rounds = ({} for _ in range(5))
+    several = len({result["allocator"] for result in results}) > 1
     for result in results:
-        key = result["system"], (result["size"], result["batch"])
-        speeds[key] = result["batch"] * NEW_TOKENS / statistics.median(result["seconds"])
-        first_tokens[key] = 1000 * statistics.median(result["first_token_seconds"])
-        first_calls[key] = result["first_call_seconds"]
-
+        system, allocator, column = result["system"], result["allocator"], f"{result['size']}, {result['batch']} rows"
+        key = f"{system}, {allocator}" if several else system, column
+        seconds = [order["answer"] for _, order in result["rounds"]]
+        speeds[key] = result["batch"] * NEW_TOKENS / statistics.median(seconds)
+        errors[key] = result["hello"]["logit_error"]
+        first_tokens[key] = 1000 * statistics.median(order["answer"] for order, _ in result["rounds"])
+        first_calls[key] = result["warm_up"][0]["answer"]
+        rounds[system, allocator, column] = seconds
     ratios = {}
-    for (system, column), speed in speeds.items():
-        if system != "ours" and ("ours", column) in speeds:
-            peer = "llama.cpp" if system.startswith("llama.cpp") else system  # the better of its two
-            key = f"ours / {peer}", column
-            ratios[key] = min(ratios.get(key, float("inf")), speeds["ours", column] / speed)
-
-    for title, figures, digits in (
-        ("tokens a second", speeds, 0),
-        ("ratio of tokens a second", ratios, 2),
-        ("milliseconds to the first token", first_tokens, 1),
-        ("seconds of the first call", first_calls, 2),
-    ):
-        if figures:
-            print(f"\n{title:34}" + "".join(f"{f'{size} b{batch}':>10}" for size, batch in columns))
-        for name in dict.fromkeys(name for name, _ in figures):
-            row = [f"{figures[name, c]:10,.{digits}f}" if (name, c) in figures else f"{'-':>10}" for c in columns]
-            print(f"{name:34}" + "".join(row))
+    for (system, allocator, column), theirs in rounds.items():
+        if system != "ours" and ("ours", allocator, column) in rounds:
+            name = f"ours / {system}{f', {allocator}' if several else ''}"
+            ratios[name, column] = turns.ratio(rounds["ours", allocator, column], theirs)
+    turns.print_table("tokens a second", speeds, "{:,.0f}".format)
+    turns.print_table("ratio of tokens a second (least-most)", ratios, turns.as_ratio)
+    turns.print_table("error of the logits, in standard deviations", errors, "{:.5f}".format)
+    turns.print_table("milliseconds to the first token", first_tokens, "{:,.1f}".format)
+    turns.print_table("seconds of the first call", first_calls, "{:,.2f}".format)
 
 
-# --- the children: a system is made by a function that returns one, which writes tokens and counts them ---------
+# --- the children: a system is made by a function that returns how to compute the logits after the prompts as it
+# does, and as float32 would, and how to write tokens and count them ------------------------------------------------
 
 
-def serve(make, shape: dict[str, int], batch: int, threads: int) -> None:
-    """Make a system; then read from stdin how many tokens to write in each row, and answer with the seconds."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    write = make(shape, batch, threads)
-    for line in sys.stdin:
+def make(system: str, shape: dict[str, int], batch: int, threads: int):
+    """Make a system; return the error of its logits, and what writes a number of tokens and tells the seconds."""
+    logits, exact, write = SYSTEMS[system][0](shape, batch, threads)
+    error = float(np.sqrt(np.mean((logits - exact) ** 2)) / np.std(exact))
+
+    def seconds(new_tokens):
         began = time.perf_counter()
-        written = write(int(line))
+        written = write(new_tokens)
         seconds = time.perf_counter() - began
-        if written != batch * int(line):
-            raise RuntimeError(f"{batch * int(line)} new tokens were asked for, {written} came.")
-        print(seconds, file=answers, flush=True)
+        if written != batch * new_tokens:
+            raise RuntimeError(f"{batch * new_tokens} new tokens were asked for, {written} came.")
+        return seconds
+
+    return {"logit_error": error}, seconds
 
 
 def random_prompts(batch: int) -> np.ndarray:
@@ -186,6 +146,7 @@ def randomize(model) -> None:
 
 def ours(shape, batch, threads):
     import aigc_tf
+    from aigc_tf.decoding import decoder, is_compiled
 
     tokenizer = aigc_tf.Tokenizer([chr(0x4E00 + i) for i in range(VOCAB_SIZE - FIRST_PIECE)])
     model = aigc_tf.transformer(VOCAB_SIZE, CONTEXT, **shape)
@@ -194,14 +155,19 @@ def ours(shape, batch, threads):
     banned = dict.fromkeys(range(FIRST_PIECE), -float("inf"))
     settings = {"temperature": 1.0, "top_k": TOP_K, "top_p": None, "logit_bias": banned}
 
+    def logits(compiled):
+        rows, positions = np.divmod(np.arange(batch * PROMPT_TOKENS), PROMPT_TOKENS)
+        reader = decoder(model, batch, is_compiled(model, NEW_TOKENS) and compiled)
+        return reader.read(rows, positions, random_prompts(batch).ravel())
+
     def write(new_tokens):
         texts = aigc_tf.generate_batch(model, tokenizer, prompts, max_new_tokens=new_tokens, **settings)
         return sum(map(len, texts)) - sum(map(len, prompts))
 
-    return write
+    return logits(True), logits(False), write
 
 
-def hugging_face(shape, batch, threads):
+def hugging_face(shape, batch, threads, is_compiled=False, dtype="float32"):
     import torch
     import transformers
 
@@ -212,14 +178,25 @@ def hugging_face(shape, batch, threads):
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).eval()
     prompts = torch.from_numpy(random_prompts(batch))
+    mask = torch.ones_like(prompts)
     settings = {"do_sample": True, "temperature": 1.0, "top_k": TOP_K, "top_p": 1.0, "pad_token_id": 0}
 
+    @torch.no_grad()
+    def logits():
+        return model(prompts).logits[:, -1].float().numpy()
+
     def write(new_tokens):
-        mask = torch.ones_like(prompts)
         texts = model.generate(prompts, attention_mask=mask, max_new_tokens=new_tokens, **settings)
         return texts[:, PROMPT_TOKENS:].numel()
 
-    return write
+    exact = logits()
+    model.to(getattr(torch, dtype))
+    own = logits()
+    if is_compiled:
+        # Of one length whatever is to be written, so that nothing is compiled twice.
+        settings |= {"cache_implementation": "static", "cache_config": {"max_cache_len": CONTEXT}}
+        model.forward = torch.compile(model.forward)
+    return own, exact, write
 
 
 def keras_hub(shape, batch, threads):
@@ -230,6 +207,8 @@ def keras_hub(shape, batch, threads):
     randomize(backbone)
     model = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
     model.compile(sampler=keras_hub.samplers.TopKSampler(TOP_K), jit_compile=True)
+    prompts = random_prompts(batch)
+    logits = np.asarray(model({"token_ids": prompts, "padding_mask": np.ones_like(prompts)}))[:, -1]
 
     def write(new_tokens):
         ids = np.pad(random_prompts(batch), [(0, 0), (0, new_tokens)]).astype(np.int32)
@@ -237,25 +216,23 @@ def keras_hub(shape, batch, threads):
         texts = model.generate({"token_ids": ids, "padding_mask": mask}, stop_token_ids=None)
         return int(texts["padding_mask"][:, PROMPT_TOKENS:].sum())
 
-    return write
+    return logits, logits, write
 
 
-def llama_cpp(shape, batch, threads, dtype):
+def llama_cpp(shape, batch, threads, kind):
     import llama_cpp as ll
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.gguf"
-        write_gguf(path, shape, dtype)
-        settings = ll.llama_model_default_params()
-        settings.use_mmap = False
-        model = ll.llama_model_load_from_file(str(path).encode(), settings)
-    settings = ll.llama_context_default_params()
-    settings.n_ctx, settings.n_seq_max, settings.n_batch = batch * CONTEXT, batch, batch * PROMPT_TOKENS
-    settings.n_threads = settings.n_threads_batch = threads
-    context = ll.llama_init_from_model(model, settings)
-    sampler = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
-    ll.llama_sampler_chain_add(sampler, ll.llama_sampler_init_top_k(TOP_K))
-    ll.llama_sampler_chain_add(sampler, ll.llama_sampler_init_dist(0))
+    def open_model(kind):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(path, shape, kind)
+            settings = ll.llama_model_default_params()
+            settings.use_mmap = False
+            model = ll.llama_model_load_from_file(str(path).encode(), settings)
+        settings = ll.llama_context_default_params()
+        settings.n_ctx, settings.n_seq_max, settings.n_batch = batch * CONTEXT, batch, batch * PROMPT_TOKENS
+        settings.n_threads = settings.n_threads_batch = threads
+        return model, ll.llama_init_from_model(model, settings)
 
     def as_tokens(ids):
         """Return ids (rows, tokens) as a llama_batch that asks for the logits of each row's last token."""
@@ -266,14 +243,33 @@ def llama_cpp(shape, batch, threads, dtype):
             tokens.n_seq_id[i], tokens.seq_id[i][0] = 1, i // length
         return tokens
 
-    def read_and_draw(tokens):
+    def last_tokens(tokens):
+        length = tokens.n_tokens // batch
+        return range(length - 1, tokens.n_tokens, length)
+
+    def read(context, tokens):
         if ll.llama_decode(context, tokens):
             raise RuntimeError("llama_decode failed.")
-        length = tokens.n_tokens // batch
-        return [ll.llama_sampler_sample(sampler, context, i) for i in range(length - 1, tokens.n_tokens, length)]
+
+    def logits(context):
+        read(context, prompts)
+        rows = (ll.llama_get_logits_ith(context, i) for i in last_tokens(prompts))
+        return np.stack([np.ctypeslib.as_array(row, (VOCAB_SIZE,)).copy() for row in rows])
 
     prompts, newest = as_tokens(random_prompts(batch)), as_tokens(np.zeros((batch, 1), int))
     ids, positions = (np.ctypeslib.as_array(array, (batch,)) for array in (newest.token, newest.pos))
+    exact_model, exact_context = open_model("F32")
+    exact = logits(exact_context)
+    ll.llama_free(exact_context)
+    ll.llama_model_free(exact_model)
+    _, context = open_model(kind)
+    sampler = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
+    ll.llama_sampler_chain_add(sampler, ll.llama_sampler_init_top_k(TOP_K))
+    ll.llama_sampler_chain_add(sampler, ll.llama_sampler_init_dist(0))
+
+    def read_and_draw(tokens):
+        read(context, tokens)
+        return [ll.llama_sampler_sample(sampler, context, i) for i in last_tokens(tokens)]
 
     def write(new_tokens):
         ll.llama_memory_clear(ll.llama_get_memory(context), True)
@@ -283,12 +279,15 @@ def llama_cpp(shape, batch, threads, dtype):
             texts.append(read_and_draw(newest))
         return sum(map(len, texts))
 
-    return write
+    return logits(context), exact, write
 
 
-def write_gguf(path: Path, shape: dict[str, int], dtype) -> None:
-    """Write a GPT-2 of random weights without a vocabulary; its matrices are of the dtype."""
+def write_gguf(path: Path, shape: dict[str, int], kind: str) -> None:
+    """Write a GPT-2 of random weights without a vocabulary; its matrices but the positions are of a kind of ggml's."""
     import gguf
+    from gguf.quants import quantize
+
+    matrices = gguf.GGMLQuantizationType[kind]
 
     dim, num_layers = shape["hidden_dim"], shape["num_layers"]
     writer = gguf.GGUFWriter(path, "gpt2")
@@ -305,9 +304,11 @@ def write_gguf(path: Path, shape: dict[str, int], dtype) -> None:
         tensors |= {f"blk.{i}.{name}": size for name, size in block.items()}
     generator = np.random.default_rng(0)
     for name, size in tensors.items():
-        is_norm = len(size) == 1
-        weight = np.ones(size, np.float32) if is_norm else generator.normal(0, STDDEV, size).astype(dtype)
-        writer.add_tensor(f"{name}.weight", weight)
+        weight = np.ones(size, np.float32) if len(size) == 1 else generator.normal(0, STDDEV, size).astype(np.float32)
+        if len(size) == 1 or name == "position_embd":
+            writer.add_tensor(f"{name}.weight", weight)
+        else:
+            writer.add_tensor(f"{name}.weight", quantize(weight, matrices), raw_dtype=matrices)
         if not name.endswith("embd"):
             writer.add_tensor(f"{name}.bias", np.zeros(size[0], np.float32))
     writer.write_header_to_file()
@@ -316,13 +317,21 @@ def write_gguf(path: Path, shape: dict[str, int], dtype) -> None:
     writer.close()
 
 
+HUGGING_FACE, LLAMA_CPP = ["transformers", "torch"], ["llama-cpp-python", "gguf"]
+
 # What makes each system, and the packages it needs.
 SYSTEMS = {
     "ours": (ours, ["aigc-tf"]),
-    "hugging-face": (hugging_face, ["transformers", "torch"]),
-    "keras-hub": (keras_hub, ["keras-hub"]),
-    "llama.cpp-f32": (functools.partial(llama_cpp, dtype=np.float32), ["llama-cpp-python", "gguf"]),
-    "llama.cpp-f16": (functools.partial(llama_cpp, dtype=np.float16), ["llama-cpp-python", "gguf"]),
+    "hugging-face-eager": (hugging_face, HUGGING_FACE),
+    "hugging-face-compiled": (functools.partial(hugging_face, is_compiled=True), HUGGING_FACE),
+    "hugging-face-compiled-bfloat16": (
+        functools.partial(hugging_face, is_compiled=True, dtype="bfloat16"),
+        HUGGING_FACE,
+    ),
+    "keras-hub-tensorflow": (keras_hub, ["keras-hub"]),
+    "llama.cpp-f32": (functools.partial(llama_cpp, kind="F32"), LLAMA_CPP),
+    "llama.cpp-f16": (functools.partial(llama_cpp, kind="F16"), LLAMA_CPP),
+    "llama.cpp-q8_0": (functools.partial(llama_cpp, kind="Q8_0"), LLAMA_CPP),
 }
 
 

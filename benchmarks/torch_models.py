@@ -1,5 +1,7 @@
 """Language models in plain PyTorch, written well: what ours are measured against."""
 
+import contextlib
+
 import numpy as np
 import torch
 from torch import nn
@@ -9,27 +11,29 @@ HEAD_DIM = 64
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, dropout: float):
         super().__init__()
         self.norms = nn.ModuleList([nn.LayerNorm(dim), nn.LayerNorm(dim)])
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.expand, self.project = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.drop, self.dropout = nn.Dropout(dropout), dropout
 
     def forward(self, x):
         rows, length, dim = x.shape
-        qkv = self.qkv(self.norms[0](x)).view(rows, length, 3, dim // HEAD_DIM, HEAD_DIM)
-        y = functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(rows, length, dim))
-        return x + self.project(functional.gelu(self.expand(self.norms[1](x)), approximate="tanh"))
+        qkv = self.qkv(self.norms[0](x)).view(rows, length, 3, dim // HEAD_DIM, HEAD_DIM).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        y = functional.scaled_dot_product_attention(*qkv, dropout_p=dropout, is_causal=True)
+        x = x + self.drop(self.out(y.transpose(1, 2).reshape(rows, length, dim)))
+        return x + self.drop(self.project(functional.gelu(self.expand(self.norms[1](x)), approximate="tanh")))
 
 
 class Transformer(nn.Module):
     """GPT-2's architecture, head tied, started as GPT-2."""
 
-    def __init__(self, vocab_size: int, context: int, num_layers: int, dim: int):
+    def __init__(self, vocab_size: int, context: int, num_layers: int, dim: int, dropout: float = 0.0):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocab_size, dim), nn.Embedding(context, dim)
-        self.blocks = nn.ModuleList([Block(dim) for _ in range(num_layers)])
+        self.drop, self.blocks = nn.Dropout(dropout), nn.ModuleList([Block(dim, dropout) for _ in range(num_layers)])
         self.norm = nn.LayerNorm(dim)
         for name, parameter in self.named_parameters():
             into_residual = name.endswith(("out.weight", "project.weight"))
@@ -38,49 +42,71 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, ids):
-        x = self.tokens(ids) + self.positions.weight
+    def hidden(self, ids):
+        """Compute what the head multiplies with the token embedding, (B, T, D)."""
+        x = self.drop(self.tokens(ids) + self.positions.weight)
         for block in self.blocks:
             x = block(x)
-        return functional.linear(self.norm(x), self.tokens.weight)
+        return self.norm(x)
+
+    def forward(self, ids):
+        return functional.linear(self.hidden(ids), self.tokens.weight)
 
 
 class Lstm(nn.Module):
-    """Embedding, `nn.LSTM`, tied head behind a projection."""
+    """Embedding, `nn.LSTM`, tied head behind a projection to the width of the embedding."""
 
-    def __init__(self, vocab_size: int, num_layers: int, dim: int):
+    def __init__(self, vocab_size: int, num_layers: int, hidden_dim: int, dropout: float = 0.0):
         super().__init__()
-        self.tokens, self.head = nn.Embedding(vocab_size, dim // 2), nn.Linear(dim, dim // 2)
-        self.lstm = nn.LSTM(dim // 2, dim, num_layers, batch_first=True)
+        embedding_dim = hidden_dim // 2
+        self.tokens, self.head = nn.Embedding(vocab_size, embedding_dim), nn.Linear(hidden_dim, embedding_dim)
+        self.drop = nn.Dropout(dropout)
+        self.lstm = nn.LSTM(embedding_dim, hidden_dim, num_layers, batch_first=True, dropout=dropout)
         nn.init.normal_(self.tokens.weight, std=0.1)
 
+    @torch.compiler.disable  # it would call `nn.LSTM` as it is anyway, in pieces
+    def states(self, ids):
+        return self.lstm(self.drop(self.tokens(ids)))[0]
+
+    def hidden(self, ids):
+        """Compute what the head multiplies with the token embedding, (B, T, E)."""
+        return self.head(self.drop(self.states(ids)))
+
     def forward(self, ids):
-        return functional.linear(self.head(self.lstm(self.tokens(ids))[0]), self.tokens.weight)
+        return functional.linear(self.hidden(ids), self.tokens.weight)
 
 
-def trainer(model, threads: int, *, precision: str, learning_rate: float, weight_decay: float, clip_norm: float,
-            is_compiled: bool):  # fmt: skip
-    """Return a function that takes a step of AdamW from ids (B, T), targets and a share of the learning rate."""
+def trainer(model, threads: int, *, precision: str, learning_rate: float, weight_decay: float, clip_norm: float):
+    """Return a function that takes a step of AdamW from ids (B, T), targets and a share of the learning rate.
+
+    Given candidates (C,) too, and the logarithm of the probability that each of them is one, the softmax runs over
+    them, and targets are places among them. Clipping and AdamW are the fastest that PyTorch has: compiled by
+    `torch.compile` they take longer.
+    """
     torch.set_num_threads(threads)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.95), fused=True)
 
-    def forward(inputs, targets):
+    @torch.compile
+    def among_all(inputs, targets):
         logits = model(inputs).float()
         return functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
-    if is_compiled:
-        forward = torch.compile(forward)
+    @torch.compile
+    def among_candidates(inputs, targets, candidates, log_expected):
+        logits = functional.linear(model.hidden(inputs), model.tokens(candidates)).float() - log_expected
+        return functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
 
-    def step(inputs: np.ndarray, targets: np.ndarray, share: float = 1.0) -> float:
-        inputs, targets = (torch.from_numpy(np.ascontiguousarray(ids)).long() for ids in (inputs, targets))
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = forward(inputs, targets)
+    def step(inputs, targets, share: float = 1.0, candidates=None, log_expected=None) -> float:
+        forward = among_all if candidates is None else among_candidates
+        chosen = [] if candidates is None else [as_ids(candidates), torch.from_numpy(log_expected)]
+        with mixed(precision):
+            loss = forward(as_ids(inputs), as_ids(targets), *chosen)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm, foreach=True)
         for group in optimizer.param_groups:
             group["lr"] = share * learning_rate
         optimizer.step()
@@ -89,8 +115,16 @@ def trainer(model, threads: int, *, precision: str, learning_rate: float, weight
     return step
 
 
+def as_ids(ids: np.ndarray):
+    return torch.from_numpy(np.ascontiguousarray(ids)).long()
+
+
+def mixed(precision: str):
+    return torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+
+
 @torch.no_grad()
 def nats(model, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Compute the nats of each target, float32 (B, T)."""
-    logits = model(torch.from_numpy(inputs).long()).float()
-    return functional.cross_entropy(logits.transpose(1, 2), torch.from_numpy(targets).long(), reduction="none").numpy()
+    logits = model(as_ids(inputs)).float()
+    return functional.cross_entropy(logits.transpose(1, 2), as_ids(targets), reduction="none").numpy()

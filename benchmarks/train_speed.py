@@ -1,34 +1,32 @@
 """Time training side by side: our models, plain PyTorch written well, and keras-hub.
 
-    pip install -e . torch keras-hub
+    pip install -e '.[fast]' torch keras-hub jax
     python benchmarks/train_speed.py                                     # all that are installed
-    python benchmarks/train_speed.py --sizes S --systems transformer torch-transformer
+    python benchmarks/train_speed.py --sizes S --systems transformer torch-transformer --precision float32 --threads 1
+    python benchmarks/train_speed.py --dropout 0.1                       # as `aigc-tf train` does unless told otherwise
+    python benchmarks/train_speed.py --allocators glibc kept             # what it matters where memory comes from
 
-A step is forward, backward, clipping by the global norm and AdamW, on random ids of a vocabulary of 8,192, without
-dropout. S is 4 layers, 256 wide, context 128, batch 32; M is 6 layers, 384 wide, context 256, batch 16. The
-Transformers have the shape of GPT-2 (learned positions, biases, GELU by tanh, the token embedding as head); the LSTMs
-2 layers, 512 wide at S and 3, 768 wide at M, on an embedding half as wide that is also the head. All train in bfloat16
-where the processor multiplies in it: ours as `aigc_tf.train` does, PyTorch by autocast, the Transformer compiled
-(`torch.compile`), keras-hub by its policy.
+A step is forward, backward, clipping by the global norm and AdamW, on random ids of a vocabulary of 8,192. S is 4
+layers, 256 wide, context 128, batch 32; M is 6 layers, 384 wide, context 256, batch 16. The Transformers have the shape
+of GPT-2 (learned positions, biases, GELU by tanh, the token embedding as head); the LSTMs 2 layers, 512 wide at S and
+3, 768 wide at M, on an embedding half as wide that is also the head. `--dropout` is that of embeddings, attention and
+branches of a Transformer, and before and after the layers of an LSTM; without it there is none.
 
-Each system has a process of its own for each size. It waits for orders and does nothing meanwhile; in each round all
-take their turns, so that slow changes of the machine hit all alike. The first step holds what is compiled. Other
-figures are medians over all steps.
+All train in `--precision`, which is bfloat16 unless told otherwise: ours as `aigc_tf.train` does, over all tokens;
+PyTorch by autocast, with forward, loss and backward compiled by `torch.compile` (but for the loop of `nn.LSTM`, which
+it calls as it is), clipping by the functions for lists of tensors and AdamW fused; keras-hub on TensorFlow by its
+policy, and on JAX in float32 always, as XLA multiplies bfloat16 on a CPU more slowly. The allocator is the same for all
+(see `turns.py`). The first step holds what is compiled. Speeds are of the median step.
 """
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
+import turns
 
 VOCAB_SIZE = 8_192
 SIZES = {
@@ -55,130 +53,90 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 1.0  # low, as PyTorch train
 def main() -> None:
     """Print the tables, or as a child process make a system and let it train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each system")
-    parser.add_argument("--passes", type=int, default=5, metavar="N", help="rounds")
+    turns.add_options(parser)
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of each system in a round")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--precision", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measured time here")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--dropout", type=float, default=0.0, help="(default: none)")
     options = parser.parse_args()
     if options.child:
         system, size = options.child
-        serve(SYSTEMS[system][0], SIZES[size], options.threads, options.precision)
+        turns.serve(lambda: make(system, SIZES[size], options))
         return
-    systems = [system for system in options.systems if is_installed(system)]
+    systems = turns.installed(SYSTEMS, options.systems)
+    facts = turns.machine({package for system in systems for package in SYSTEMS[system][1]})
+    settings = {name: getattr(options, name) for name in ("threads", "passes", "steps", "precision", "dropout")}
+    turns.show_machine(facts)
+    print(", ".join(f"{name} {value}" for name, value in settings.items()), flush=True)
     results = [result for size in options.sizes for result in measure(systems, size, options)]
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps({"machine": facts, "settings": settings, "results": results}, indent=1))
     print_tables(results)
 
 
-def is_installed(system: str) -> bool:
-    """Tell whether the package that a system needs is there, and print its version or that it is skipped."""
-    package = SYSTEMS[system][1]
-    try:
-        print(f"{system}: {package} {importlib.metadata.version(package)}")
-    except importlib.metadata.PackageNotFoundError:
-        print(f"{system}: skipped, {package} is not installed")
-        return False
-    return True
-
-
-# --- the parent: asks, measures, prints -------------------------------------------------------------------------
-
-
 def measure(systems: list[str], size: str, options) -> list[dict]:
-    """Start the systems with one size, and let them train in turns; return the seconds of every step."""
-    results, processes, logs = [], {}, {}
-    threads = str(options.threads)
-    names = "OMP_NUM_THREADS TF_NUM_INTRAOP_THREADS TF_NUM_INTEROP_THREADS".split()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        environment = {**os.environ, "KERAS_BACKEND": "tensorflow", **dict.fromkeys(names, threads)}
-        for system in systems:
-            command = [sys.executable, __file__, "--threads", threads, "--precision", options.precision]
-            logs[system] = log = stack.enter_context(open(Path(folder) / f"{system}.log", "w+", encoding="utf-8"))
-            process = subprocess.Popen(
-                [*command, "--child", system, size],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment, text=True,
-            )  # fmt: skip
-            processes[system] = stack.enter_context(process)
-            try:
-                first = ask(process, 1)
-                ask(process, 2)
-            except BrokenPipeError:
-                print_failure(system, size, log)
-                continue
-            results.append({"system": system, "size": size, "threads": options.threads, "first": first[0]})
-            results[-1] |= {"seconds": [], "tokens": SIZES[size]["batch"] * SIZES[size]["context"]}
-        for _ in range(options.passes):
-            for result in list(results):
-                try:
-                    result["seconds"] += ask(processes[result["system"]], options.steps)
-                except BrokenPipeError:
-                    print_failure(result["system"], size, logs[result["system"]])
-                    results.remove(result)
-    return results
-
-
-def print_failure(system: str, size: str, log) -> None:
-    log.seek(0)
-    print(f"{system}: failed at {size}\n{log.read()[-1500:]}", flush=True)
-
-
-def ask(process: subprocess.Popen, steps: int) -> list[float]:
-    """Let a child train, and return the seconds of each step."""
-    process.stdin.write(f"{steps}\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        raise BrokenPipeError
-    return json.loads(answer)
+    """Let the systems train with one size, in turns, with each allocator."""
+    arguments = ["--threads", str(options.threads), "--precision", options.precision, "--dropout", str(options.dropout)]
+    children, keys = {}, {}
+    for system in systems:
+        for allocator in options.allocators:
+            environment = {**dict.fromkeys(turns.THREADS, str(options.threads)), "KERAS_BACKEND": "tensorflow"}
+            environment |= SYSTEMS[system][2]
+            name = f"{system}, {size}, {allocator}"
+            children[name] = ([*arguments, "--child", system, size], environment, allocator)
+            keys[name] = {"system": system, "size": size, "allocator": allocator}
+    tokens = SIZES[size]["batch"] * SIZES[size]["context"]
+    results = turns.measure(children, [1, 2], [options.steps], options.passes)
+    return [{**keys[name], "tokens": tokens, **result} for name, result in results.items()]
 
 
 def print_tables(results: list[dict]) -> None:
-    """Print speeds, and of each architecture ours as a multiple of the peers'."""
-    sizes = list(dict.fromkeys(result["size"] for result in results))
-    speeds = {(r["system"], r["size"]): r["tokens"] / statistics.median(r["seconds"]) for r in results}
-    slowest = {(r["system"], r["size"]): r["tokens"] / max(r["seconds"]) for r in results}
-    first = {(r["system"], r["size"]): r["first"] for r in results}
+    """Print speeds, what each step costs, and of each architecture ours as a multiple of the peers' speed."""
+    speeds, slowest, cpu, faults, first, rounds = ({} for _ in range(6))
+    several = len({result["allocator"] for result in results}) > 1
+    for result in results:
+        system, allocator = result["system"], result["allocator"]
+        key = f"{system}, {allocator}" if several else system, result["size"]
+        steps = [answer for (order,) in result["rounds"] for answer in order["answer"]]
+        speeds[key] = result["tokens"] / statistics.median(steps)
+        slowest[key] = result["tokens"] / max(steps)
+        cpu[key] = statistics.median(order["cpu"] / len(order["answer"]) for (order,) in result["rounds"])
+        faults[key] = statistics.median(order["faults"] / len(order["answer"]) for (order,) in result["rounds"])
+        first[key] = result["warm_up"][0]["answer"][0]
+        rounds[system, allocator, result["size"]] = [statistics.median(o["answer"]) for (o,) in result["rounds"]]
     ratios = {}
-    for (system, size), speed in speeds.items():
-        ours = system.split("-")[-1]
-        if system != ours and (ours, size) in speeds:
-            ratios[f"{ours} / {system}", size] = speeds[ours, size] / speed
-    for title, figures, digits in (
-        ("tokens a second", speeds, 0),
-        ("tokens a second in the slowest step", slowest, 0),
-        ("ratio of tokens a second", ratios, 2),
-        ("seconds of the first step", first, 1),
-    ):
-        if figures:
-            print(f"\n{title:44}" + "".join(f"{size:>10}" for size in sizes))
-        for name in dict.fromkeys(name for name, _ in figures):
-            row = [f"{figures[name, s]:10,.{digits}f}" if (name, s) in figures else f"{'-':>10}" for s in sizes]
-            print(f"{name:44}" + "".join(row))
+    for (system, allocator, size), theirs in rounds.items():
+        architecture = system.split("-")[-1]
+        if system != architecture and (architecture, allocator, size) in rounds:
+            name = f"{architecture} / {system}{f', {allocator}' if several else ''}"
+            ratios[name, size] = turns.ratio(rounds[architecture, allocator, size], theirs)
+    turns.print_table("tokens a second", speeds, "{:,.0f}".format)
+    turns.print_table("tokens a second in the slowest step", slowest, "{:,.0f}".format)
+    turns.print_table("ratio of tokens a second (least-most)", ratios, turns.as_ratio)
+    turns.print_table("CPU seconds a step", cpu, "{:.3f}".format)
+    turns.print_table("page faults a step", faults, "{:,.0f}".format)
+    turns.print_table("seconds of the first step", first, "{:.1f}".format)
 
 
 # --- the children: a system is made by a function that returns one, which takes a step --------------------------
 
 
-def serve(make, size: dict, threads: int, precision: str) -> None:
-    """Make a system; then read from stdin how many steps to take, and answer with the seconds of each."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    step = make(size, threads, precision)
-    loss = None
-    for line in sys.stdin:
+def make(system: str, size: dict, options):
+    """Make a system; return nothing to say, and what takes a number of steps and tells the seconds of each."""
+    step = SYSTEMS[system][0](size, options)
+
+    def train(number):
         seconds = []
-        for _ in range(int(line)):
+        for _ in range(number):
             began = time.perf_counter()
             loss = step()
             seconds.append(time.perf_counter() - began)
         if not 0 < loss < 20:
             raise RuntimeError(f"The loss is {loss}.")
-        print(json.dumps(seconds), file=answers, flush=True)
+        return seconds
+
+    return None, train
 
 
 def batches(size: dict):
@@ -208,30 +166,33 @@ def ours(model, size: dict):
     return keras_step(model, size)
 
 
-def transformer(size, threads, precision):
+def policy(options) -> str:
+    return "mixed_bfloat16" if options.precision == "bfloat16" else "float32"
+
+
+def transformer(size, options):
     from aigc_tf import models
 
-    shape = {"num_layers": size["num_layers"], "hidden_dim": size["hidden_dim"], "dropout": 0.0}
+    shape = {"num_layers": size["num_layers"], "hidden_dim": size["hidden_dim"], "dropout": options.dropout}
     shape["num_heads"] = size["hidden_dim"] // HEAD_DIM
-    precision = "mixed_bfloat16" if precision == "bfloat16" else "float32"
-    model = models.build("transformer", VOCAB_SIZE, size["context"], **shape, precision=precision)
+    model = models.build("transformer", VOCAB_SIZE, size["context"], **shape, precision=policy(options))
     return ours(model, size)
 
 
-def lstm(size, threads, precision):
+def lstm(size, options):
     from aigc_tf import models
 
-    precision = "mixed_bfloat16" if precision == "bfloat16" else "float32"
-    model = models.build("lstm", VOCAB_SIZE, size["context"], **size["lstm"], dropout=0.0, precision=precision)
-    return ours(model, size)
+    settings = {**size["lstm"], "dropout": options.dropout, "precision": policy(options)}
+    return ours(models.build("lstm", VOCAB_SIZE, size["context"], **settings), size)
 
 
-def keras_hub_transformer(size, threads, precision):
+def keras_hub_transformer(size, options):
     import keras
     import keras_hub
 
-    keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bfloat16" else "float32")
-    shape = {"num_layers": size["num_layers"], "hidden_dim": size["hidden_dim"], "dropout": 0.0}
+    on_jax = keras.backend.backend() == "jax"
+    keras.config.set_dtype_policy("float32" if on_jax else policy(options))
+    shape = {"num_layers": size["num_layers"], "hidden_dim": size["hidden_dim"], "dropout": options.dropout}
     shape |= {"num_heads": size["hidden_dim"] // HEAD_DIM, "intermediate_dim": 4 * size["hidden_dim"]}
     backbone = keras_hub.models.GPT2Backbone(VOCAB_SIZE, **shape, max_sequence_length=size["context"])
     ids = keras.Input((size["context"],), dtype="int32")
@@ -239,39 +200,42 @@ def keras_hub_transformer(size, threads, precision):
     model = keras.Model(ids, backbone.token_embedding(hidden, reverse=True))
     optimizer = keras.optimizers.AdamW(LEARNING_RATE, WEIGHT_DECAY, beta_2=0.95, global_clipnorm=CLIP_NORM)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    return keras_step(model, size)
+    if not on_jax:
+        return keras_step(model, size)
+    data = batches(size)
+    return lambda: float(model.train_on_batch(*next(data)))
 
 
-def torch_step(model, size: dict, threads: int, precision: str, is_compiled: bool):
+def torch_step(model, size: dict, options):
     from torch_models import trainer
 
     settings = {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM}
-    step = trainer(model, threads, precision=precision, is_compiled=is_compiled, **settings)
+    step = trainer(model, options.threads, precision=options.precision, **settings)
     data = batches(size)
     return lambda: step(*next(data))
 
 
-def torch_transformer(size, threads, precision):
+def torch_transformer(size, options):
     from torch_models import Transformer
 
-    model = Transformer(VOCAB_SIZE, size["context"], size["num_layers"], size["hidden_dim"])
-    return torch_step(model, size, threads, precision, is_compiled=True)
+    shape = (size["context"], size["num_layers"], size["hidden_dim"], options.dropout)
+    return torch_step(Transformer(VOCAB_SIZE, *shape), size, options)
 
 
-def torch_lstm(size, threads, precision):
+def torch_lstm(size, options):
     from torch_models import Lstm
 
-    model = Lstm(VOCAB_SIZE, size["lstm"]["num_layers"], size["lstm"]["hidden_dim"])
-    return torch_step(model, size, threads, precision, is_compiled=False)
+    return torch_step(Lstm(VOCAB_SIZE, **size["lstm"], dropout=options.dropout), size, options)
 
 
-# What makes each system, and the package it needs.
+# What makes each system, the packages it needs, and its environment.
 SYSTEMS = {
-    "transformer": (transformer, "aigc-tf"),
-    "torch-transformer": (torch_transformer, "torch"),
-    "keras-hub-transformer": (keras_hub_transformer, "keras-hub"),
-    "lstm": (lstm, "aigc-tf"),
-    "torch-lstm": (torch_lstm, "torch"),
+    "transformer": (transformer, ["aigc-tf"], {}),
+    "torch-transformer": (torch_transformer, ["torch"], {}),
+    "keras-hub-tensorflow-transformer": (keras_hub_transformer, ["keras-hub"], {}),
+    "keras-hub-jax-transformer": (keras_hub_transformer, ["keras-hub", "jax"], {"KERAS_BACKEND": "jax"}),
+    "lstm": (lstm, ["aigc-tf"], {}),
+    "torch-lstm": (torch_lstm, ["torch"], {}),
 }
 
 
