@@ -5,11 +5,14 @@ import os
 import re
 import shutil
 import textwrap
+import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from .files import rename
 
 CHECKPOINTS = "checkpoints"  # the folder, in that of a run
 _FORMAT = {"format": "aigc_tf checkpoint", "version": 1}
@@ -50,14 +53,14 @@ def write_checkpoint(folder, step: int, arrays: dict[str, list[np.ndarray]], rec
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**_FORMAT, "numbers": {kind: len(values) for kind, values in arrays.items()}, **record})
     entries = {f"{kind}-{i}": values[i] for kind, values in arrays.items() for i in range(len(values))}
-    unfinished = folder / f".{os.getpid()}-step.npz"
+    unfinished = folder / f".{uuid.uuid4().hex[:12]}-step.npz"
     try:
         with open(unfinished, "wb") as file:
             np.savez(file, **{_RECORD: np.frombuffer(text.encode(), np.uint8)}, **entries)
             file.flush()
             os.fsync(file.fileno())
         path = folder / f"step-{step:010}-{_checksum(unfinished)}.npz"
-        os.replace(unfinished, path)
+        rename(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
     for old in list_checkpoints(folder)[:-keep]:
@@ -66,12 +69,15 @@ def write_checkpoint(folder, step: int, arrays: dict[str, list[np.ndarray]], rec
 
 
 def delete_checkpoints(run_dir) -> None:
-    """Delete the checkpoints of a run folder, as a training that is done needs none."""
-    shutil.rmtree(Path(run_dir, CHECKPOINTS))
+    """Delete the checkpoints of a run folder, as a training that is done needs none.
+
+    What cannot be deleted stays, and does no harm: the same training, called again, is done at once.
+    """
+    shutil.rmtree(Path(run_dir, CHECKPOINTS), ignore_errors=True)
 
 
 def delete_unfinished(folder) -> None:
-    """Delete what killed processes had begun to write."""
+    """Delete what killed processes had begun to write; for the one that has the folder locked."""
     for path in Path(folder).glob(".*-step.npz"):
         path.unlink()
 
@@ -110,18 +116,30 @@ def _checksum(path: Path) -> str:
     return f"{checksum:08x}"
 
 
-def require_same(path: Path, before: dict, now: dict) -> None:
+def require_same(path: Path, before: dict, now: dict, warn: Callable[[str], None]) -> None:
     """Refuse to go on with a training that is not the one of a checkpoint.
 
     Args:
         path: the checkpoint.
         before: what tells that training from others, as its record has it.
         now: the same of this one. A list is compared item by item, and so is a dict.
+        warn: what to do with a line on what layers have now and did not have then, or the other way round: settings
+            that another version of Keras has brought, or taken away.
 
     Raises:
         ValueError: they are not the same; it names what differs.
     """
-    differences = list(_differences("", before, json.loads(json.dumps(now, default=str))))
+    now = json.loads(json.dumps(now, default=str))
+    layers, layers_now = before.get("model", {}), now.get("model", {})
+    shared = {name: layers[name].keys() & layers_now[name].keys() for name in layers.keys() & layers_now.keys()}
+    only_one = {key for name in shared for key in (layers[name].keys() ^ layers_now[name].keys())}
+    if only_one:
+        warn(f"warning: another version of Keras? Not compared are the layers' {', '.join(sorted(only_one))}")
+        layers, layers_now = (
+            {name: {k: v for k, v in config.items() if k in shared.get(name, config)} for name, config in of.items()}
+            for of in (layers, layers_now)
+        )
+    differences = list(_differences("", {**before, "model": layers}, {**now, "model": layers_now}))
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(

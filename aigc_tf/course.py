@@ -16,6 +16,7 @@ from .devices import keras, tf
 from .distribution import hosts_are_to_stop, is_first_host, num_hosts
 from .evaluation import evaluate_scorer, scorer
 from .files import write_beside
+from .live import in_notebook
 
 # A checkpoint by the minute takes at most this share of the time: one that took long is followed by a longer wait.
 _CHECKPOINTS_SHARE = 0.02
@@ -99,7 +100,7 @@ class Course(keras.callbacks.Callback):
             delete_unfinished(folder)
         arrays, record, path = read_newest(folder, self.display.line)
         if path:
-            require_same(path, record["identity"], identity)
+            require_same(path, record["identity"], identity, self.display.line)
             self.step, self.history = record["step"], record["history"]
             self.arrays, self.best_weights, self.newest_checkpoint = arrays, arrays["best"], path
             self.display.line(f"goes on after step {self.step:,}, kept in {path}")
@@ -253,7 +254,7 @@ class Display:
     """Show lines that stay, and in a terminal or a notebook one in between that is overwritten."""
 
     def __init__(self):
-        self.is_live = sys.stdout.isatty() or "ipykernel" in sys.modules
+        self.is_live = sys.stdout.isatty() or in_notebook()
         self.last_shown, self.width = 0.0, 0
 
     def live(self, text: str) -> None:

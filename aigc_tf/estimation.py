@@ -68,8 +68,9 @@ def estimate(
         (AdamW's two moments), "activations_bytes" (kept for the backward pass, logits among them),
         "overhead_bytes" (temporaries, graph, allocator), "runtime_bytes" (this process as it is now), their
         sum "peak_memory_bytes", "generation_bytes_per_text" (KV cache or LSTM state), and
-        "available_memory_bytes". If measured: "num_candidates", "step_seconds" (the median; of steps among
-        candidates and others the mean), "tokens_per_second", "hours"; and if power is known: "watts", "kilowatt_hours".
+        "available_memory_bytes" (missing where the system does not tell, as on macOS). If measured: "num_candidates",
+        "step_seconds" (the median; of steps among candidates and others the mean), "tokens_per_second", "hours"; and
+        if power is known: "watts", "kilowatt_hours".
 
     Raises:
         ValueError: a setting is out of range.
@@ -108,11 +109,12 @@ def estimate(
         "optimizer_bytes": 8 * parameters,
         "activations_bytes": activations,
         "overhead_bytes": graph + graph_per_layer * chosen["num_layers"] + 4 * parameters + temporaries,  # best weights
-        "runtime_bytes": process_bytes(),
+        "runtime_bytes": process_bytes() or 0.0,
     }
     figures["peak_memory_bytes"] = sum(value for name, value in figures.items() if name.endswith("_bytes"))
     figures["generation_bytes_per_text"] = cache
-    figures["available_memory_bytes"] = available_bytes()
+    if (available := available_bytes()) is not None:
+        figures["available_memory_bytes"] = available
     if seconds and _fits(figures):
         built = build(model, vocab_size, context, size, **replaced, dropout=dropout, precision=precision)
         if num_candidates is None:
@@ -199,6 +201,7 @@ def describe(figures: dict[str, float]) -> str:
 
 
 def _scaled(value: float) -> str:
+    value = float(f"{value:.3g}")  # first, or 999,999 would be 1000 k
     power = min(int(math.log10(max(value, 1)) // 3), 6)
     return f"{value / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}"
 
@@ -240,7 +243,8 @@ def _logit_bytes(bytes_per_float: int) -> int:
 
 
 def _fits(figures: dict[str, float]) -> bool:
-    return figures["peak_memory_bytes"] - figures["runtime_bytes"] <= figures["available_memory_bytes"]
+    available = figures.get("available_memory_bytes", math.inf)
+    return figures["peak_memory_bytes"] - figures["runtime_bytes"] <= available
 
 
 def _measure(

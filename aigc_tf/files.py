@@ -1,10 +1,23 @@
-"""Files, the floor under the rooms: read text, find shipped data, write whole or not at all."""
+"""Files, the floor under the rooms: read text, find shipped data, write whole or not at all, one writer at a time."""
 
 import contextlib
+import errno
 import json
 import os
+import socket
+import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+_LOCK = ".lock"
+_held: dict[Path, int] = {}  # a folder that this process has locked -> the thread that did
 
 
 def read_text(path) -> str:
@@ -30,15 +43,97 @@ def shipped_file(name: str) -> Path:
 def write_beside(path) -> Iterator[Path]:
     """Give a path to write to, and rename what was written to `path` only when all went well."""
     path = Path(path)
-    # The suffix stays last: Keras decides by it what to write.
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    # Of this writer alone, be it a process or a thread. The suffix stays last: Keras decides by it what to write.
+    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())  # or a power failure after the renaming may leave an empty file of that name
-        os.replace(temporary, path)
+        sync(temporary)  # or a power failure after the renaming may leave an empty file of that name
+        rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(file: Path) -> None:
+    """Wait until a file that was written is on the disk."""
+    with open(file, "rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def rename(path: Path, new: Path) -> None:
+    """Rename a file or a folder, replacing a file of the new name, and wait until the disk knows of it."""
+    os.replace(path, new)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(Path(new).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that keep no folder in memory
+                raise
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def locked(folder) -> Iterator[None]:
+    """Keep a folder, which is made if need be, for this thread: others that lock it meanwhile get an error.
+
+    The system takes the lock back from a process that is killed. A folder made for it goes again if it stays empty.
+
+    Raises:
+        BlockingIOError: another process or thread has it; the message says which.
+    """
+    folder = Path(folder)
+    key = folder.resolve()
+    if _held.get(key) == threading.get_ident():
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = _open_locked(folder / _LOCK)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+        _held[key] = threading.get_ident()
+        yield
+    finally:
+        _held.pop(key, None)
+        if os.name == "posix":
+            Path(file.name).unlink(missing_ok=True)  # before it is released: see _open_locked
+        file.close()
+        if os.name != "posix":
+            with contextlib.suppress(OSError):  # another process has just opened it
+                Path(file.name).unlink()
+        with contextlib.suppress(OSError):  # it is not empty
+            for path in made:
+                path.rmdir()
+
+
+def _open_locked(path: Path):
+    while True:
+        file = open(path, "ab+")  # noqa: SIM115 (whoever holds the lock closes it)
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                file.seek(2**20)  # a byte that nobody writes: who reads what the file says is not kept from it
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                file.seek(0)
+                owner = file.read(200).decode("utf-8", "replace") or "another process"
+                file.close()
+                raise BlockingIOError(
+                    errno.EAGAIN,
+                    f"A training is going on in this folder ({owner}). Wait for its end, or name another folder",
+                    str(path.parent),
+                ) from None
+            return file  # a file system without locks, such as some that are mounted over the net: there is none then
+        # Between the opening and the locking its owner may have deleted it: then the name is free, or another's.
+        with contextlib.suppress(FileNotFoundError):
+            if os.name != "posix" or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()
 
 
 def write_json(path, content: dict) -> None:

@@ -1,26 +1,54 @@
 """Hardware: what this machine tells of its memory and its power."""
 
+import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from .devices import gpu_bytes_in_use, uses_gpu
 
+_PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 _POWERCAP = Path("/sys/class/powercap")
 
 
-def available_bytes() -> float:
-    """Find how much memory a training could still take: of a GPU if one is in use, else of the machine."""
+def available_bytes() -> float | None:
+    """Find how much memory a training could still take: of a GPU if one is in use, else of the machine.
+
+    None where the system does not tell: it is told of Linux and Windows.
+    """
     if uses_gpu() and (sizes := _nvidia_smi("memory.total")):
         # Not what the tool calls free: TensorFlow and JAX take nearly all of it when they start, and share it out.
         return min(sizes) * 2**20 - gpu_bytes_in_use()
-    return min(_kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024, _container_bytes())
+    if sys.platform == "win32":
+        return _windows_bytes()
+    kilobytes = _kilobytes(_PROC / "meminfo", "MemAvailable")
+    return None if kilobytes is None else min(kilobytes * 1024, _container_bytes())
 
 
-def process_bytes() -> float:
-    """Read how much memory this process holds now."""
-    return _kilobytes(Path("/proc/self/status"), "VmRSS") * 1024
+def process_bytes() -> float | None:
+    """Read how much memory this process holds now, on macOS how much it held at most; None where neither is told."""
+    if sys.platform == "darwin":
+        import resource
+
+        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # in bytes there, in kilobytes elsewhere
+    kilobytes = _kilobytes(_PROC / "self" / "status", "VmRSS")
+    return None if kilobytes is None else kilobytes * 1024
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of Windows."""
+
+    _fields_ = [("length", ctypes.c_uint32), ("load", ctypes.c_uint32)] + [
+        (name, ctypes.c_uint64)
+        for name in ("physical", "available", "page_file", "free_page_file", "virtual", "free_virtual", "extended")
+    ]
+
+
+def _windows_bytes() -> float | None:
+    status = _MemoryStatus(length=ctypes.sizeof(_MemoryStatus))
+    return float(status.available) if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)) else None
 
 
 def processor_joules(folder: Path = _POWERCAP) -> float | None:
@@ -39,10 +67,11 @@ def gpu_watts() -> float | None:
     return sum(readings) if readings else None
 
 
-def _container_bytes(root: Path = _CGROUP) -> float:
+def _container_bytes(root: Path | None = None) -> float:
     """Read what the control groups of this process leave it, infinity without a limit."""
+    root = root or _CGROUP
     try:
-        groups = [line.split(":", 2)[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        groups = [line.split(":", 2)[2].strip("/") for line in (_PROC / "self/cgroup").read_text().splitlines()]
     except OSError:
         groups = []
     folders = {parent for group in ["", *groups] for parent in (root / group, *(root / group).parents)}
@@ -80,9 +109,9 @@ def _nvidia_smi(field: str) -> list[float]:
         return []
 
 
-def _kilobytes(file: Path, field: str) -> float:
+def _kilobytes(file: Path, field: str) -> float | None:
     try:
         lines = file.read_text().splitlines()
-    except OSError:
-        raise ValueError(f"Memory is read from {file}, which only Linux has.") from None
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    except OSError:  # not Linux
+        return None
+    return next((float(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

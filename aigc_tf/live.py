@@ -26,12 +26,19 @@ def show(*streams: Iterator[str]) -> list[str]:
         ['春眠']
     """
     texts = [""] * len(streams)
-    write = _write_in_notebook if "ipykernel" in sys.modules else _write_in_terminal
+    write = _write_in_notebook if in_notebook() else _write_in_terminal
     try:
         write(streams, texts)
     except KeyboardInterrupt:
         print()
     return texts
+
+
+def in_notebook() -> bool:
+    """Tell whether this process runs the cells of a notebook; a script that imports what notebooks need does not."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")  # Jupyter's and Colab's
 
 
 def _write_in_terminal(streams, texts) -> None:

@@ -5,25 +5,28 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
+import tempfile
 import time
 import warnings
 from pathlib import Path
 
 from . import __version__
-from .files import write_beside, write_json
+from .files import rename, sync, write_json
 from .tokenizer import Tokenizer, check_vocabulary
 from .weights import read_file
 
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
+_SAVING = ".saving"  # in a run folder, a folder of files that are whole, and on their way to their places
 _FORMAT = {"format": "aigc_tf run", "version": 1}
 
 
 def save(path, model, tokenizer: Tokenizer, **record) -> None:
     """Write a run folder: `model.keras`, `tokenizer.json` and `run.json`.
 
-    The files of an earlier run in the folder are replaced at the end, when all of the new ones are
-    written. `model.keras` holds the weights without the optimizer, and loads in plain Keras too. Where several
-    hosts train together, the first one writes.
+    The files of an earlier run in the folder are replaced in one step, when all of the new ones are written: killed
+    at any moment, it leaves either run whole. `model.keras` holds the weights without the optimizer, and loads in
+    plain Keras too. Where several hosts train together, the first one writes.
 
     Args:
         path: the folder; it is made if need be, and other files in it stay.
@@ -43,17 +46,14 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        # Nothing is renamed before everything is written; run.json, which vouches for the others by their
-        # hashes, is renamed last.
-        run_file = stack.enter_context(write_beside(path / _RUN))
-        tokenizer_file = stack.enter_context(write_beside(path / _TOKENIZER))
-        model_file = stack.enter_context(write_beside(path / _MODEL))
+    folder = Path(tempfile.mkdtemp(prefix=f"{_SAVING}-", dir=path))
+    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword")
             # The same graph as a model that was never compiled: no optimizer state in the file.
-            keras.Model(model.input, model.output, name=model.name).save(model_file)
-        tokenizer.save(tokenizer_file)
+            keras.Model(model.input, model.output, name=model.name).save(folder / _MODEL)
+        sync(folder / _MODEL)
+        tokenizer.save(folder / _TOKENIZER)
         run = {
             **_FORMAT,
             "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -61,9 +61,53 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
             "tokenizer": {"unit": tokenizer.unit, "vocab_size": tokenizer.vocab_size},
             **record,
             "versions": versions(),
-            "sha256": {_MODEL: _sha256(model_file), _TOKENIZER: _sha256(tokenizer_file)},
+            "sha256": {name: _sha256(folder / name) for name in (_MODEL, _TOKENIZER)},
         }
-        write_json(run_file, run)
+        write_json(folder / _RUN, run)
+        for attempt in range(100):
+            _finish_saving(path)  # what a killed process, or another thread, has begun
+            try:
+                rename(folder, path / _SAVING)  # from here on the new run is the one that is loaded
+                break
+            except OSError:  # another thread was faster
+                if attempt == 99 or not (path / _SAVING).exists():
+                    raise
+        _finish_saving(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def add_to_run(path, **record) -> None:
+    """Tell more in the `run.json` of a run folder.
+
+    Args:
+        path: the folder that `save` wrote.
+        **record: as for `save`; what is there already by such a name is replaced.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it is no run folder.
+        ValueError: `run.json` is damaged or of another version.
+    """
+    from .distribution import is_first_host
+
+    if is_first_host():
+        _finish_saving(Path(path))
+        write_json(Path(path) / _RUN, {**read_run(path), **record})
+
+
+def _finish_saving(path: Path) -> None:
+    """Move the files of a run that is written to their places. Until then `_file` finds them where they are."""
+    for name in (_MODEL, _TOKENIZER, _RUN):
+        with contextlib.suppress(FileNotFoundError):  # it is there already
+            rename(path / _SAVING / name, path / name)
+    with contextlib.suppress(OSError):  # it is gone already, or the next run is in it
+        (path / _SAVING).rmdir()
+
+
+def _file(path: Path, name: str) -> Path:
+    """Find a file of a run, also of one that a process was killed in moving to its place."""
+    moving = path / _SAVING / name
+    return moving if moving.is_file() else path / name
 
 
 def load(path):
@@ -82,7 +126,7 @@ def load(path):
     from .devices import keras
 
     path = _checked_folder(path)
-    return keras.models.load_model(path / _MODEL, compile=False), Tokenizer.load(path / _TOKENIZER)
+    return keras.models.load_model(_file(path, _MODEL), compile=False), Tokenizer.load(_file(path, _TOKENIZER))
 
 
 def load_writer(path):
@@ -101,17 +145,17 @@ def load_writer(path):
         ValueError: the files do not belong together, or are damaged.
     """
     path = _checked_folder(path)
-    weights = read_file(path / _MODEL)
-    return (weights, Tokenizer.load(path / _TOKENIZER)) if weights else load(path)
+    weights = read_file(_file(path, _MODEL))
+    return (weights, Tokenizer.load(_file(path, _TOKENIZER))) if weights else load(path)
 
 
 def _checked_folder(path) -> Path:
     """Refuse a folder whose files are not those that its record tells of."""
     path = Path(path)
     for name, expected in read_run(path)["sha256"].items():
-        if not (path / name).is_file():
+        if not _file(path, name).is_file():
             raise FileNotFoundError(f"The run folder {path} lacks its {name}.")
-        if _sha256(path / name) != expected:
+        if _sha256(_file(path, name)) != expected:
             raise ValueError(f"{path / name} is not the file that {_RUN} tells of: damaged, or of another run.")
     return path
 
@@ -129,7 +173,7 @@ def read_run(path) -> dict:
         FileNotFoundError: there is no such folder, or it is no run folder.
         ValueError: `run.json` is damaged or of another version.
     """
-    file = Path(path) / _RUN
+    file = _file(Path(path), _RUN)
     if not file.is_file():
         raise FileNotFoundError(
             f"{path} is no run folder: there is no {file}. Name a folder that `train` or `save` wrote."

@@ -1,5 +1,6 @@
 """Training: train(), from a model and data to the best weights on held-out documents."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from .course import Course, Display, NoDisplay, signals_stop
 from .devices import keras, tf, uses_accelerator
 from .distribution import check_distribution, is_first_host, num_replicas
 from .fast_training import fast_training
+from .files import locked
 from .optimization import WarmupStableDecay, adamw
 from .text import documents_sha256
 from .tokenizer import Tokenizer, check_vocabulary
@@ -83,6 +85,7 @@ def train(
         ValueError: a setting is out of range, model and tokenizer do not belong together, the devices cannot share
             such a batch (see `use_devices`), the loss is no longer a number, or the checkpoints in `run_dir` are of
             another training.
+        BlockingIOError: another training is going on in `run_dir`.
         OSError: `run_dir` cannot be written to. The checkpoints that are there stay.
     """
     check_vocabulary(model, tokenizer)
@@ -115,14 +118,15 @@ def train(
         tokens_per_step=batch_size * context,
         num_microbatches=num_microbatches,
     )
-    if run_dir is not None:
-        others = {"validations": validations, "num_candidates": num_candidates}
-        identity = _identity(model, train_data, tokenizer, valid_documents, {**settings, **others})
-        course.keep_in(Path(run_dir), identity, checkpoint_minutes, checkpoint_steps, keep_checkpoints)
-    counts = train_data.counts() if num_candidates else None
-    for phase in phases(model, steps, num_candidates, counts):
-        if course.step < phase.end and not course.received:
-            _run_phase(phase, course, train_data, batch_size, num_microbatches, checkpoint_steps)
+    with locked(run_dir) if run_dir is not None and is_first_host() else contextlib.nullcontext():
+        if run_dir is not None:
+            others = {"validations": validations, "num_candidates": num_candidates}
+            identity = _identity(model, train_data, tokenizer, valid_documents, {**settings, **others})
+            course.keep_in(Path(run_dir), identity, checkpoint_minutes, checkpoint_steps, keep_checkpoints)
+        counts = train_data.counts() if num_candidates else None
+        for phase in phases(model, steps, num_candidates, counts):
+            if course.step < phase.end and not course.received:
+                _run_phase(phase, course, train_data, batch_size, num_microbatches, checkpoint_steps)
     if course.best_weights:
         model.set_weights(course.best_weights)
     return course.history

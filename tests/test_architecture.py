@@ -13,6 +13,7 @@ PACKAGE = Path(aigc_tf.__file__).parent
 # fmt: off
 ALLOWED = {
     "files": set(),
+    "live": set(),
     "text": {"files"},
     "corpora": {"files", "text"},
     "segmentation": {"files", "text"},
@@ -35,11 +36,12 @@ ALLOWED = {
     "passes": {"pass_kernels"},
     "fast_training": {"devices", "numba_tools", "passes", "recurrence"},
     "candidates": {"devices"},
-    "checkpoints": set(),
-    "course": {"checkpoints", "devices", "distribution", "evaluation", "files"},
+    "checkpoints": {"files"},
+    "course": {"checkpoints", "devices", "distribution", "evaluation", "files", "live"},
     "optimization": {"devices", "distribution"},
     "training": {
-        "candidates", "course", "devices", "distribution", "fast_training", "optimization", "text", "tokenizer"
+        "candidates", "course", "devices", "distribution", "fast_training", "files", "optimization", "text",
+        "tokenizer",
     },
     "sampling": {"devices"},
     "weights": set(),
@@ -53,7 +55,6 @@ ALLOWED = {
     "loop": {"devices", "sampler", "sampling", "weights"},
     "engines": {"decoding", "devices", "numba_tools", "sampler", "weights"},
     "generation": {"beams", "decoding", "engines", "forcing", "loop", "sampler", "sampling", "texts", "tokenizer"},
-    "live": set(),
     "saving": {"devices", "distribution", "files", "tokenizer", "weights"},
     "hardware": {"devices"},
     "estimation": {"devices", "distribution", "fast_training", "hardware", "models", "sizes", "training"},

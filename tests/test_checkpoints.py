@@ -99,10 +99,23 @@ def test_where_there_is_no_room_the_earlier_ones_stay(tmp_path):
 
 def test_what_differs_is_named(tmp_path):
     before = {"steps": 10, "tokenizer": "a" * 64, "model": {"layer 1 (Dropout)": {"rate": 0.1}}, "batch": [4, 20]}
-    require_same(tmp_path, before, {**before, "batch": (4, 20)})
+    warnings = []
+    require_same(tmp_path, before, {**before, "batch": (4, 20)}, warnings.append)
+    assert warnings == []
     now = {"steps": 20, "tokenizer": "b" * 64, "model": {"layer 1 (Dropout)": {"rate": 0.2}}, "batch": [4, 20]}
-    message = message_of(ValueError, require_same, tmp_path, before, now)
+    message = message_of(ValueError, require_same, tmp_path, before, now, warnings.append)
     assert "steps was 10, is 20; tokenizer differs; model layer 1 (Dropout) rate was 0.1, is 0.2. Go on" in message
+    assert warnings == []
+
+
+def test_what_a_layer_has_in_one_version_of_keras_alone_is_no_difference(tmp_path):
+    before = {"steps": 10, "model": {"layer 1 (Dropout)": {"rate": 0.1, "old": 1}}}
+    now = {"steps": 10, "model": {"layer 1 (Dropout)": {"rate": 0.1, "new": None}}}
+    warnings = []
+    require_same(tmp_path, before, now, warnings.append)
+    assert warnings == ["warning: another version of Keras? Not compared are the layers' new, old"]
+    now["model"]["layer 1 (Dropout)"]["rate"] = 0.2
+    assert "rate was 0.1, is 0.2" in message_of(ValueError, require_same, tmp_path, before, now, warnings.append)
 
 
 # --- trainings ----------------------------------------------------------------------------------------------------

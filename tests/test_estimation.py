@@ -4,9 +4,9 @@ import random
 import pytest
 from conftest import message_of
 
-from aigc_tf import estimate, hardware, memory_warning
+from aigc_tf import estimate, estimation, hardware, memory_warning
 from aigc_tf.estimation import describe
-from aigc_tf.hardware import _container_bytes, available_bytes, gpu_watts, processor_joules
+from aigc_tf.hardware import _container_bytes, available_bytes, gpu_watts, process_bytes, processor_joules
 from aigc_tf.models import build
 
 RUN = {"vocab_size": 500, "context": 12, "batch_size": 4, "steps": 100}
@@ -80,11 +80,12 @@ def test_a_measurement_changes_nothing_for_what_comes_after():
     assert random.getstate() == before
 
 
-def test_without_power_there_is_no_energy():
-    if processor_joules() is None and gpu_watts() is None:
-        figures = estimate(**RUN, num_layers=1, num_heads=1, hidden_dim=8, seconds=0.1)
-        assert "hours" in figures
-        assert not {"watts", "kilowatt_hours"} & set(figures)
+def test_without_power_there_is_no_energy(monkeypatch):
+    monkeypatch.setattr(estimation, "processor_joules", lambda: None)
+    monkeypatch.setattr(estimation, "gpu_watts", lambda: None)
+    figures = estimate(**RUN, num_layers=1, num_heads=1, hidden_dim=8, seconds=0.1)
+    assert "hours" in figures
+    assert not {"watts", "kilowatt_hours"} & set(figures)
 
 
 def test_the_warning_names_a_change_that_helps():
@@ -100,8 +101,32 @@ def test_the_warning_names_a_change_that_helps():
     assert "more memory" in memory_warning("lstm", **{**too_large, "vocab_size": 10**12})
 
 
-def test_memory_that_is_free_is_known():
-    assert 1e8 < available_bytes() < 1e14
+@pytest.fixture
+def proc(tmp_path, monkeypatch):
+    """A /proc to write, with no control groups."""
+    monkeypatch.setattr(hardware, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(hardware, "_CGROUP", tmp_path / "cgroup")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    return tmp_path / "proc"
+
+
+def test_memory_that_is_free_is_read(proc):
+    (proc / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:    4000 kB\n")
+    (proc / "self" / "status").write_text("VmPeak:  90 kB\nVmRSS:\t  25 kB\n")
+    assert available_bytes() == 4000 * 1024
+    assert process_bytes() == 25 * 1024
+    assert estimate(**RUN, seconds=0)["available_memory_bytes"] == 4000 * 1024
+    assert "This training needs about" in memory_warning(**RUN)
+
+
+def test_where_no_memory_is_told_there_is_no_warning_and_no_error(proc):
+    assert available_bytes() is None
+    assert process_bytes() is None
+    assert memory_warning("transformer", "base", **{**RUN, "batch_size": 10**6}) == ""
+    figures = estimate(**RUN, num_layers=1, num_heads=1, hidden_dim=8, seconds=0.1)
+    assert "available_memory_bytes" not in figures
+    assert figures["runtime_bytes"] == 0
+    assert figures["hours"] > 0
 
 
 def test_power_is_read_where_the_system_tells(tmp_path, monkeypatch):
@@ -112,7 +137,7 @@ def test_power_is_read_where_the_system_tells(tmp_path, monkeypatch):
     assert processor_joules(tmp_path / "none") is None
 
 
-def test_the_gpu_is_asked_through_its_driver(tmp_path, monkeypatch):
+def test_the_gpu_is_asked_through_its_driver(tmp_path, proc, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         '#!/bin/sh\ncase "$1" in --query-gpu=power.draw) echo 61.5; echo 60;; *memory.total) echo 80; echo 40;; esac\n'
@@ -126,7 +151,8 @@ def test_the_gpu_is_asked_through_its_driver(tmp_path, monkeypatch):
     assert available_bytes() == 39 * 2**20
     tool.write_text("#!/bin/sh\necho '[N/A]'\n")
     assert gpu_watts() is None
-    assert 1e8 < available_bytes() < 1e14  # of the machine then
+    (proc / "meminfo").write_text("MemAvailable: 7 kB\n")
+    assert available_bytes() == 7 * 1024  # of the machine then
 
 
 @pytest.mark.parametrize(
@@ -147,6 +173,7 @@ def test_the_table_has_units():
     assert [line.split(maxsplit=1)[0] for line in table.splitlines()] == ["parameters", "peak", "hours", "train"]
     for text in ("124 M", "3.21 GB", "1.5", "7 P"):
         assert text in table
+    assert describe({"parameters": 999_999}).split() == ["parameters", "1", "M"]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
 """Files: what is written is whole or not there at all."""
 
 import json
+import os
+import stat
+import subprocess
+import sys
+import threading
 
 import pytest
 
-from aigc_tf.files import read_text, shipped_file, write_beside, write_json
+from aigc_tf.files import locked, read_text, shipped_file, write_beside, write_json
 
 
 def test_write_beside_replaces_on_success(tmp_path):
@@ -74,3 +79,75 @@ def test_read_text_takes_a_byte_order_mark_off(tmp_path):
 def test_shipped_files_are_there():
     assert shipped_file("stopwords_cn.txt").is_file()
     assert shipped_file("tang_quatrains.txt").is_file()
+
+
+def test_two_threads_that_write_one_file_leave_it_whole(tmp_path):
+    target = tmp_path / "a.txt"
+    with write_beside(target) as one, write_beside(target) as two:
+        assert one != two
+        one.write_text("一", "utf-8")
+        two.write_text("二", "utf-8")
+    assert target.read_text("utf-8") == "一"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_locked_for_others_and_not_for_its_owner(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    errors = []
+
+    def try_to_lock():
+        try:
+            with locked(folder):
+                errors.append(None)
+        except BlockingIOError as error:
+            errors.append(error.strerror)
+
+    def in_another_thread():
+        thread = threading.Thread(target=try_to_lock)
+        thread.start()
+        thread.join()
+        return errors.pop()
+
+    with locked(folder):
+        try_to_lock()
+        assert errors.pop() is None
+        assert f"A training is going on in this folder (process {os.getpid()} on " in in_another_thread()
+    assert not (tmp_path / "runs").exists()  # what was made for the lock alone
+    assert in_another_thread() is None
+    with locked(folder):
+        (folder / "a.txt").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+
+
+HOLD = """
+import sys, time
+from aigc_tf.files import locked
+with locked(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free_again(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError, match=f"process {process.pid} "), locked(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    assert (tmp_path / ".lock").exists()
+    with locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are opened on POSIX only")
+def test_the_folder_is_on_the_disk_too(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)), fsync(fd)))
+    with write_beside(tmp_path / "a.txt") as temporary:
+        temporary.write_text("")
+    assert synced == [False, True]

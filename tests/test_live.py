@@ -1,3 +1,6 @@
+import sys
+import types
+
 import pytest
 
 from aigc_tf import live, show
@@ -59,3 +62,14 @@ def test_a_notebook_draws_while_it_is_written(monkeypatch):
     assert len(drawn) >= 3
     assert "白日依" in drawn[-1]
     assert "白日依" not in drawn[0]
+
+
+@pytest.mark.parametrize(("shell", "expected"), [("ZMQInteractiveShell", True), ("TerminalInteractiveShell", False)])
+def test_a_notebook_is_told_by_its_shell(monkeypatch, shell, expected):
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))  # which any script may import
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    assert not live.in_notebook()
+    ipython = types.ModuleType("IPython")
+    ipython.get_ipython = type(shell, (), {})
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    assert live.in_notebook() == expected

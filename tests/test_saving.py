@@ -1,7 +1,10 @@
+import contextlib
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import threading
 import zipfile
 
 import h5py
@@ -23,6 +26,7 @@ from aigc_tf import (
     train,
 )
 from aigc_tf.devices import keras
+from aigc_tf.saving import add_to_run
 from aigc_tf.weights import LstmWeights, TransformerWeights
 
 
@@ -92,6 +96,67 @@ def test_a_new_run_replaces_the_old_one_and_keeps_other_files(build, trained, to
     ids = np.arange(8, dtype=np.int32)[None]
     np.testing.assert_array_equal(load(tmp_path)[0].predict_on_batch(ids), other.predict_on_batch(ids))
     assert (tmp_path / "log.csv").exists()
+
+
+def test_killed_at_any_moment_a_save_leaves_one_run_or_the_other(build, trained, tokenizer, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    other = build(tokenizer.vocab_size, 8, seed=9)
+    their_replace, outcomes = os.replace, []
+    for moment in range(7):
+        folder = tmp_path / str(moment)
+        save(folder, trained, tokenizer, figures={"run": 1})
+        left = [moment]
+
+        def replace(old, new, left=left):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            their_replace(old, new)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with contextlib.suppress(Killed):
+            save(folder, other, tokenizer, figures={"run": 2})
+        monkeypatch.setattr(os, "replace", their_replace)
+        run, (model, _) = read_run(folder)["figures"]["run"], load(folder)
+        expected = trained if run == 1 else other
+        for a, b in zip(model.get_weights(), expected.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert load_writer(folder)[0].output_shape[-1] == tokenizer.vocab_size
+        save(folder, trained, tokenizer)  # and the next one ends it
+        assert sorted(path.name for path in folder.iterdir()) == ["model.keras", "run.json", "tokenizer.json"]
+        outcomes.append(run)
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {1, 2}
+
+
+def test_two_threads_save_to_one_folder(trained, tokenizer, tmp_path):
+    errors = []
+
+    def save_often():
+        try:
+            for _ in range(3):
+                save(tmp_path, trained, tokenizer)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save_often) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    load(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "run.json", "tokenizer.json"]
+
+
+def test_more_can_be_told_of_a_run(trained, tokenizer, tmp_path):
+    save(tmp_path, trained, tokenizer, figures={"bits": 7.5})
+    before = read_run(tmp_path)
+    add_to_run(tmp_path, figures={"bits": 7.4}, sample="春")
+    assert read_run(tmp_path) == {**before, "figures": {"bits": 7.4}, "sample": "春"}
+    load(tmp_path)
 
 
 @pytest.mark.parametrize("load", [load, load_writer])
