@@ -1,21 +1,28 @@
 """Dataset: documents -> a store of token ids -> windows as a tf.data.Dataset."""
 
+import bisect
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .devices import tf
 from .files import write_json
 from .tokenizer import Tokenizer
 
+if TYPE_CHECKING:  # a store needs NumPy alone
+    from .devices import tf
+
 _FORMAT = {"format": "aigc_tf token store", "version": 1}
 _TOKENS, _MANIFEST = "tokens.bin", "manifest.json"
+_BLOCK = 2**20  # tokens of a store that are looked at in one go
+_NUM_SLICES = 100  # of a sample
 
 
 def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, processes: int = 1) -> np.ndarray:
@@ -40,7 +47,10 @@ def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, proces
     dtype = _dtype(tokenizer)
     encoded = (ids.astype(dtype) for ids in tokenizer.encode_documents(documents, processes))
     if path is None:
-        return np.concatenate([np.empty(0, dtype), *encoded])
+        row = bytearray()
+        for ids in encoded:
+            row += ids.tobytes()
+        return np.frombuffer(row, dtype)
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists already. Name another folder, or delete it first.")
@@ -99,7 +109,30 @@ def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
         raise ValueError(f"The token store {path} was made with another tokenizer. Make it anew.")
     if num_tokens * np.dtype(dtype).itemsize != (path / _TOKENS).stat().st_size:
         raise ValueError(f"{path / _TOKENS} does not have the {num_tokens} ids of its manifest. Make it anew.")
-    return np.memmap(path / _TOKENS, dtype, mode="r")
+    return np.memmap(path / _TOKENS, dtype, mode="r") if num_tokens else np.empty(0, dtype)  # nothing cannot be mapped
+
+
+def count_tokens(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Count how often each token occurs in a store, `int64 (V,)`."""
+    counts = np.zeros(vocab_size, np.int64)
+    for _, block in _blocks(ids):
+        counts += np.bincount(block, minlength=vocab_size)
+    return counts
+
+
+def sample_tokens(ids: np.ndarray, num_tokens: int) -> np.ndarray:
+    """Take about `num_tokens` of a store that has more, in slices that lie evenly over it; of another, all."""
+    if len(ids) <= num_tokens:
+        return ids
+    size = max(1, num_tokens // _NUM_SLICES)
+    starts = np.linspace(0, len(ids) - size, _NUM_SLICES).astype(np.int64)
+    return np.concatenate([ids[start : start + size] for start in starts])
+
+
+def _blocks(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield where each block of a store begins, and its ids: a store on disk may be larger than the memory."""
+    for start in range(0, len(ids), _BLOCK):
+        yield start, ids[start : start + _BLOCK]
 
 
 def make_dataset(
@@ -109,7 +142,7 @@ def make_dataset(
     batch_size: int,
     seed: int | None = None,
     start_step: int = 0,
-) -> tf.data.Dataset:
+) -> "tf.data.Dataset":
     """Cut documents into windows of next-token prediction, full and of one shape.
 
     The documents stand in one row, `BOS document EOS BOS document EOS ...`. A window begins where a
@@ -144,6 +177,8 @@ def make_dataset(
         >>> [tokenizer.decode(row) for row in inputs.numpy()], tokenizer.decode(targets[0].numpy())
         (['春眠不觉晓，', '处处闻啼鸟。'], '春眠不觉晓，')
     """
+    from .devices import tf
+
     _require_positive(context=context, batch_size=batch_size)
     tokens = documents if isinstance(documents, np.ndarray) else make_store(documents, tokenizer)
     starts = _window_starts(tokens, tokenizer.BOS, context)
@@ -179,7 +214,7 @@ def make_dataset(
         .prefetch(tf.data.AUTOTUNE)
     )
     dataset.from_step = lambda step: make_dataset(tokens, tokenizer, context, batch_size, seed, start_step + step)
-    dataset.counts = lambda: np.bincount(tokens, minlength=tokenizer.vocab_size)
+    dataset.counts = lambda: count_tokens(tokens, tokenizer.vocab_size)
     dataset.identity = lambda: {
         "tokens": hashlib.sha256(tokens).hexdigest(),
         "order's seed": seed,
@@ -196,16 +231,31 @@ def _window_starts(tokens: np.ndarray, bos: int, context: int) -> np.ndarray:
             "Add text or lower `context`."
         )
     # A document that ends with the row fits whole, as one before another document does.
-    boundaries = np.append(np.flatnonzero(tokens == bos), len(tokens))
-    starts, start = [], 0
-    while start + context + 1 <= len(tokens):
+    begins = [start + np.flatnonzero(block == bos) for start, block in _blocks(tokens)]
+    boundaries = np.concatenate([*begins, [len(tokens)]])
+    if boundaries[0] > 0:
+        boundaries = np.append(0, boundaries)
+    # Where a window begins with a document, the last boundary up to which every document is whole, all its tokens
+    # being targets by then: the window after it begins there, unless the first document is longer than a window.
+    whole = np.searchsorted(boundaries, boundaries + context + 1, side="right") - 1
+    # Plain numbers, of which a loop over a billion tokens takes millions; lists of them would take 40 bytes each.
+    boundaries, whole, starts, i = memoryview(boundaries), memoryview(whole), array("q"), 0
+    while (start := boundaries[i]) + context + 1 <= len(tokens):
+        if whole[i] > i:
+            starts.append(start)
+            i = whole[i]
+            continue
+        # One window every `context` tokens, up to the one that reaches the end of the document.
+        end = start + -(-(boundaries[i + 1] - start - context - 1) // context) * context
+        starts.extend(range(start, end, context))
+        start = end
+        if start + context + 1 > len(tokens):
+            break
         starts.append(start)
-        # The last boundary up to which every document is whole, all its tokens being targets by then.
-        whole = boundaries[np.searchsorted(boundaries, start + context + 1, side="right") - 1]
-        start = int(whole) if whole > start else start + context
+        i = bisect.bisect_right(boundaries, start + context + 1, lo=i + 1) - 1
     if start < len(tokens) - 1:
         starts.append(len(tokens) - context - 1)  # what is left, filled up from before
-    return np.array(starts, np.int64)
+    return np.frombuffer(starts, np.int64)
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from .dataset import count_tokens, make_store, sample_tokens
 from .devices import keras
 from .distribution import predict
 from .ngram import Ngram, estimate
@@ -13,7 +14,8 @@ from .tokenizer import Tokenizer, check_vocabulary
 
 _LOGITS_BYTES = 2**25  # of one batch: larger ones are no faster on a CPU
 _BASELINE_ORDER = 5  # the usual one; 6 gains nothing on the shipped poems, and 1.5 % on statutes
-_BASELINE_TOKENS = 10_000_000  # counted in about 20 seconds and a gigabyte of memory
+_BASELINE_TOKENS = 10_000_000  # of a larger text slices of so many tokens count
+_ROW_TOKENS = 1_000_000  # predicted in one go
 
 
 def evaluate(model: keras.Model | Ngram, tokenizer: Tokenizer, documents: list[str]) -> dict[str, float]:
@@ -47,8 +49,8 @@ def evaluate(model: keras.Model | Ngram, tokenizer: Tokenizer, documents: list[s
     check_vocabulary(model, tokenizer)
     if isinstance(model, Ngram):
         _require_documents(documents)
-        nats = _ngram_nats(model, _in_one_row(tokenizer.encode_documents(documents)))
-        return _figures(float(nats.sum()), len(nats), documents)
+        counts, nats = _ngram_nats(model, tokenizer, documents)
+        return _figures(nats, int(counts.sum()), documents)
     return evaluate_scorer(scorer(model), tokenizer, documents)
 
 
@@ -95,19 +97,21 @@ def _figures(nats: float, num_tokens: int, documents: list[str]) -> dict[str, fl
     }
 
 
-def baselines(tokenizer: Tokenizer, train_documents: list[str], valid_documents: list[str]) -> dict[str, float]:
+def baselines(
+    tokenizer: Tokenizer, train_documents: list[str] | np.ndarray, valid_documents: list[str]
+) -> dict[str, float]:
     """Compute what models without a neural network reach, as a scale for a model's figure.
 
     Args:
         tokenizer: the tokenizer of the model to compare with.
-        train_documents: the documents to count in.
+        train_documents: the documents to count in, or the ids of a store (`make_store`, `open_store`).
         valid_documents: the documents to predict.
 
     Returns:
         `dict[str, float]` of bits per character on `valid_documents`: "uniform" (all V tokens alike),
         "frequency" (each token as often as in training, one added to every count; with `unit="char"` the
-        character frequencies) and "5-gram" (see `kneser_ney`; of more than 10 million tokens it counts in
-        every second document, or third and so on).
+        character frequencies) and "5-gram" (see `kneser_ney`; of more than 10 million tokens it counts as many, in
+        slices that lie evenly over the text).
 
     Raises:
         ValueError: there is no document to count in, or none to predict.
@@ -119,34 +123,47 @@ def baselines(tokenizer: Tokenizer, train_documents: list[str], valid_documents:
     """
     check_documents(train_documents)
     check_documents(valid_documents)
-    if not train_documents or not valid_documents:
+    if not len(train_documents) or not len(valid_documents):
         raise ValueError(
             "Baselines need at least one document to count in and at least one document to predict, "
             f"got {len(train_documents)} and {len(valid_documents)}."
         )
-    encoded = list(tokenizer.encode_documents(train_documents))
-    train_ids, valid_ids = _in_one_row(encoded), _in_one_row(tokenizer.encode_documents(valid_documents))
-    train_counts, valid_counts = (
-        np.bincount(ids[ids != tokenizer.BOS], minlength=tokenizer.vocab_size) for ids in (train_ids, valid_ids)
-    )
-    num_chars = sum(map(len, valid_documents))
+    is_store = isinstance(train_documents, np.ndarray)
+    ids = train_documents if is_store else make_store(train_documents, tokenizer)
+    ngram = estimate(sample_tokens(ids, _BASELINE_TOKENS), tokenizer.vocab_size, _BASELINE_ORDER)
+    valid_counts, ngram_nats = _ngram_nats(ngram, tokenizer, valid_documents)
+    train_counts = count_tokens(ids, tokenizer.vocab_size)
+    train_counts[tokenizer.BOS] = 0
     frequency_bits = -(valid_counts * np.log2((train_counts + 1) / (train_counts + 1).sum())).sum()
-    counted_ids = _in_one_row(encoded[:: math.ceil(len(train_ids) / _BASELINE_TOKENS)])
-    ngram = estimate(counted_ids, tokenizer.vocab_size, _BASELINE_ORDER)
+    num_chars = sum(map(len, valid_documents))
     return {
         "uniform": float(valid_counts.sum() * math.log2(tokenizer.vocab_size) / num_chars),
         "frequency": float(frequency_bits / num_chars),
-        f"{_BASELINE_ORDER}-gram": float(_ngram_nats(ngram, valid_ids).sum() / math.log(2) / num_chars),
+        f"{_BASELINE_ORDER}-gram": float(ngram_nats / math.log(2) / num_chars),
     }
 
 
-def _in_one_row(encoded: Iterable[np.ndarray]) -> np.ndarray:
-    return np.concatenate(list(encoded))
+def _ngram_nats(ngram: Ngram, tokenizer: Tokenizer, documents: Iterable[str]) -> tuple[np.ndarray, float]:
+    """Return how often each token and end of the documents is predicted, `int64 (V,)`, and the nats of all."""
+    counts, nats = np.zeros(tokenizer.vocab_size, np.int64), 0.0
+    for ids in _rows(tokenizer.encode_documents(documents)):
+        counts += np.bincount(ids, minlength=tokenizer.vocab_size)
+        nats += float(ngram.nats(ids)[ids[1:] != tokenizer.BOS].sum())
+    counts[tokenizer.BOS] = 0
+    return counts, nats
 
 
-def _ngram_nats(ngram: Ngram, ids: np.ndarray) -> np.ndarray:
-    """Return the nats of every token and end of documents in one row, without those of the begins."""
-    return ngram.nats(ids)[ids[1:] != Tokenizer.BOS]
+def _rows(encoded: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Put documents one after the other, in rows of about a million tokens."""
+    row, size = [], 0
+    for ids in encoded:
+        row.append(ids)
+        size += len(ids)
+        if size >= _ROW_TOKENS:
+            yield np.concatenate(row)
+            row, size = [], 0
+    if row:
+        yield np.concatenate(row)
 
 
 def _windows(ids: np.ndarray, context: int) -> Iterator[tuple[int, int]]:

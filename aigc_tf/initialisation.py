@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 
-from .dataset import make_store
+from .dataset import make_store, sample_tokens
 from .devices import keras, tf
 from .tokenizer import Tokenizer, check_vocabulary
 
 _DISTANCE = 2  # how far two tokens may be apart to be neighbours
-_MAX_TOKENS = 10_000_000  # of a larger text every second document counts, or third and so on
+_MAX_TOKENS = 3_000_000  # of a larger text slices of so many tokens count
 _NOISE = 0.3  # what chance adds, as a share of what was counted
 # Times the values that are replaced: a Transformer learns more with 2 and 4 than with 1, an LSTM with 1 and 2 than with
 # 0.5.
@@ -61,7 +61,7 @@ def initialise(
     if not len(ids):
         raise ValueError("An initialisation needs at least one document, got none.")
     before = embedding.get_weights()[0]
-    counted = _factors(_mutual_information(_some_of(ids, tokenizer.BOS), len(before)), before.shape[1])
+    counted = _factors(_mutual_information(sample_tokens(ids, _MAX_TOKENS), len(before)), before.shape[1])
     norms = np.linalg.norm(counted, axis=1, keepdims=True)
     rows = np.divide(counted, norms, out=np.zeros_like(counted), where=norms > 1e-6 * norms.max())
     noise = np.random.default_rng(seed).standard_normal(before.shape, np.float32)
@@ -70,22 +70,13 @@ def initialise(
     return model
 
 
-def _some_of(ids: np.ndarray, bos: int) -> np.ndarray:
-    """Return the ids, or those of every n-th document where there are too many to count."""
-    every = math.ceil(len(ids) / _MAX_TOKENS)
-    if every == 1:
-        return ids
-    document = np.cumsum(ids == bos)
-    return ids[document % every == 0]
-
-
 def _mutual_information(ids: np.ndarray, vocab_size: int) -> tf.sparse.SparseTensor:
     """Compute the positive pointwise mutual information of neighbours, sparse and symmetric, (V, V)."""
-    ids = ids.astype(np.int64)
+    ids = ids.astype(np.min_scalar_type(vocab_size**2))  # of four bytes mostly, as the pairs are many
     pairs = [ids[:-d] * vocab_size + ids[d:] for d in range(1, _DISTANCE + 1)]
     pairs += [ids[d:] * vocab_size + ids[:-d] for d in range(1, _DISTANCE + 1)]
     pairs, counts = np.unique(np.concatenate(pairs), return_counts=True)
-    places = np.stack([pairs // vocab_size, pairs % vocab_size], axis=1)
+    places = np.stack(np.divmod(pairs.astype(np.int64), vocab_size), axis=1)
     totals = np.bincount(places[:, 0], counts, vocab_size)
     information = np.log(counts * totals.sum() / (totals[places[:, 0]] * totals[places[:, 1]]))
     positive = information > 0

@@ -167,7 +167,7 @@ def run_pipeline(
 
     # 5. evaluate, beside simpler models
     figures = {**evaluate(language_model, tokenizer, valid_documents), "steps_done": steps_done}
-    simpler = baselines(tokenizer, train_documents, valid_documents)
+    simpler = baselines(tokenizer, ids, valid_documents)
     for name, value in {**figures, **{f"bits_per_char of {name}": bits for name, bits in simpler.items()}}.items():
         show(describe_figure(name, value))
 

@@ -26,7 +26,7 @@ ALLOWED = {
     "models": {"devices", "distribution", "sizes"},
     "source": {"devices"},
     "ngram": {"tokenizer"},
-    "evaluation": {"devices", "distribution", "ngram", "text", "tokenizer"},
+    "evaluation": {"dataset", "devices", "distribution", "ngram", "text", "tokenizer"},
     "initialisation": {"dataset", "devices", "tokenizer"},
     "recurrence": {"devices"},
     "numba_tools": set(),

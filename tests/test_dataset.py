@@ -1,12 +1,16 @@
 import json
+import math
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aigc_tf import Tokenizer, make_dataset, make_store, open_store
-from aigc_tf.dataset import _window_starts
+from aigc_tf import Tokenizer, dataset, make_dataset, make_store, open_store
+from aigc_tf.dataset import _window_starts, sample_tokens
 
 
 def batches(dataset, count=None):
@@ -37,6 +41,18 @@ def test_windows_begin_with_a_document(documents, tokenizer):
     assert (inputs[:-1, 0] == tokenizer.BOS).all()
 
 
+def starts_by_hand(tokens, bos, context):
+    """Say what `_window_starts` says, window by window."""
+    boundaries = [*np.flatnonzero(tokens == bos).tolist(), len(tokens)]
+    starts, start = [], 0
+    while start + context + 1 <= len(tokens):
+        starts.append(start)
+        start = max([b for b in boundaries if start < b <= start + context + 1], default=start + context)
+    if start < len(tokens) - 1:
+        starts.append(len(tokens) - context - 1)
+    return starts
+
+
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=20), context=st.integers(1, 20))
 def test_every_token_is_a_target_and_every_window_full(lengths, context):
@@ -46,6 +62,7 @@ def test_every_token_is_a_target_and_every_window_full(lengths, context):
             _window_starts(row, 1, context)
         return
     starts = _window_starts(row, 1, context)
+    assert starts.tolist() == starts_by_hand(row, 1, context)
     assert (starts >= 0).all()
     assert (starts + context < len(row)).all()
     assert (np.diff(starts) > 0).all()
@@ -126,6 +143,58 @@ def test_a_store_that_fails_leaves_nothing(tmp_path, tokenizer):
     with pytest.raises(RuntimeError):
         make_store(broken(), tokenizer, tmp_path / "store")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_of_nothing_is_empty(tmp_path, tokenizer):
+    for path in (None, tmp_path / "store"):
+        assert make_store([], tokenizer, path).tolist() == []
+    assert open_store(tmp_path / "store", tokenizer).tolist() == []
+
+
+def test_a_store_needs_no_tensorflow(tmp_path):
+    code = f"""if True:
+        import sys
+        sys.modules["tensorflow"] = sys.modules["keras"] = None
+        import aigc_tf
+        tokenizer = aigc_tf.Tokenizer.train(["春眠不觉晓"])
+        print(len(aigc_tf.make_store(["春眠"], tokenizer, {str(tmp_path / "store")!r})))
+        print(len(aigc_tf.open_store({str(tmp_path / "store")!r}, tokenizer)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["4", "4"], "")
+
+
+def test_a_store_larger_than_the_memory_is_read_in_blocks(monkeypatch, documents, tokenizer):
+    ids = make_store(documents, tokenizer)
+    expected = make_dataset(ids, tokenizer, 16, 4, seed=0)
+    monkeypatch.setattr(dataset, "_BLOCK", 7)
+    monkeypatch.setattr(dataset, "np", np_with_small_arrays(np, 8, "bincount", "flatnonzero"))
+    in_blocks = make_dataset(ids, tokenizer, 16, 4, seed=0)
+    assert in_blocks.counts().tolist() == expected.counts().tolist() == np.bincount(ids).tolist()
+    np.testing.assert_array_equal(batches(in_blocks, 5), batches(expected, 5))
+
+
+def np_with_small_arrays(library, most, *names):
+    """Return NumPy, but for functions that refuse arrays of `most` elements and more."""
+
+    def refusing(function):
+        def small_only(values, *args, **kwargs):
+            assert len(values) < most
+            return function(values, *args, **kwargs)
+
+        return small_only
+
+    return types.SimpleNamespace(**{**vars(library), **{name: refusing(getattr(library, name)) for name in names}})
+
+
+@pytest.mark.parametrize("length", [50, 99, 100, 101, 1_000])
+def test_a_sample_is_slices_all_over_the_store(length):
+    sample = sample_tokens(np.arange(length), 100)
+    assert len(sample) == min(length, 100)
+    assert sample[0] == 0
+    assert sample[-1] == length - 1
+    assert (np.diff(sample) > 0).all()
+    assert np.diff(sample).max() <= math.ceil(length / 99) + 1
 
 
 def test_stores_refuse_what_does_not_fit(tmp_path, documents, tokenizer):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from aigc_tf import Tokenizer, baselines, evaluate, evaluation
+from aigc_tf import Tokenizer, baselines, evaluate, evaluation, make_store
 from aigc_tf.devices import keras
 from aigc_tf.evaluation import _windows
 from aigc_tf.ngram import kneser_ney
@@ -105,15 +105,26 @@ def test_the_ngram_baseline_is_kneser_ney(documents, tokenizer):
     assert bits["5-gram"] < bits["frequency"] < bits["uniform"]
 
 
-def test_of_very_much_text_the_ngram_baseline_counts_an_even_share(documents, tokenizer, monkeypatch):
+def test_of_very_much_text_the_ngram_baseline_counts_slices(documents, tokenizer, monkeypatch):
     whole = baselines(tokenizer, documents[:40], documents[40:])
     num_tokens = sum(map(len, documents[:40])) + 2 * 40
     monkeypatch.setattr(evaluation, "_BASELINE_TOKENS", num_tokens)
     assert baselines(tokenizer, documents[:40], documents[40:]) == whole
-    monkeypatch.setattr(evaluation, "_BASELINE_TOKENS", num_tokens - 1)
+    monkeypatch.setattr(evaluation, "_BASELINE_TOKENS", num_tokens // 2)
     half = baselines(tokenizer, documents[:40], documents[40:])
-    assert half["5-gram"] == pytest.approx(baselines(tokenizer, documents[:40:2], documents[40:])["5-gram"])
+    assert whole["5-gram"] < half["5-gram"] < whole["uniform"]
     assert half["frequency"] == whole["frequency"]
+
+
+def test_baselines_count_in_a_store_too(documents, tokenizer, tmp_path):
+    store = make_store(documents[:40], tokenizer, tmp_path / "store")
+    assert baselines(tokenizer, store, documents[40:]) == baselines(tokenizer, documents[:40], documents[40:])
+
+
+def test_held_out_documents_are_predicted_alike_in_rows_of_any_length(documents, tokenizer, monkeypatch):
+    whole = baselines(tokenizer, documents[:40], documents[40:])
+    monkeypatch.setattr(evaluation, "_ROW_TOKENS", 30)
+    assert baselines(tokenizer, documents[:40], documents[40:]) == pytest.approx(whole, rel=1e-12)
 
 
 def test_an_ngram_model_gets_the_figures_of_a_keras_model(documents, tokenizer):

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -72,14 +74,31 @@ def test_it_depends_on_the_documents_and_the_seed_alone(monkeypatch):
     np.testing.assert_allclose(other @ other.T, first @ first.T, atol=0.05 * np.abs(first @ first.T).max())
 
 
-def test_of_a_large_text_every_second_document_counts(monkeypatch):
-    documents, _ = corpus()
+@pytest.mark.parametrize("num_documents", [1, 2, 200])
+def test_a_part_of_a_large_text_is_enough_however_it_is_divided(num_documents, monkeypatch):
+    texts, kinds = corpus()
+    documents = ["".join(texts[i::num_documents]) for i in range(num_documents)]
     tokenizer = aigc_tf.Tokenizer.train(documents)
-    monkeypatch.setattr("aigc_tf.initialisation._MAX_TOKENS", 14 * 120)
-    got = embeddings(initialise(built("lstm", tokenizer), tokenizer, documents))
-    monkeypatch.undo()
-    expected = embeddings(initialise(built("lstm", tokenizer), tokenizer, documents[1::2]))
-    np.testing.assert_allclose(got, expected, atol=1e-4)
+    monkeypatch.setattr("aigc_tf.initialisation._NOISE", 0.0)
+    monkeypatch.setattr("aigc_tf.initialisation._MAX_TOKENS", 1_000)
+    rows = embeddings(initialise(built("lstm", tokenizer), tokenizer, documents))
+    ids = [tokenizer.encode(kind) for kind in kinds]
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True) + 1e-9
+    within = np.mean([rows[kind] @ rows[kind].T for kind in ids])
+    across = np.mean([rows[a] @ rows[b].T for a in ids for b in ids if a is not b])
+    assert within > across + 0.3, (within, across)
+
+
+def test_few_bytes_a_token_are_taken(monkeypatch):
+    tokenizer = aigc_tf.Tokenizer.train(["春眠不觉晓"])
+    ids = np.random.default_rng(0).integers(259, tokenizer.vocab_size, 4_000_000, np.uint16)
+    monkeypatch.setattr("aigc_tf.initialisation._MAX_TOKENS", 1_000_000)
+    model = built("lstm", tokenizer)
+    tracemalloc.start()
+    initialise(model, tokenizer, ids)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 70 * 1_000_000
 
 
 def test_a_vocabulary_smaller_than_the_embedding_is_wide():
