@@ -66,7 +66,7 @@ def use_devices(
     is_jax = keras.backend.backend() == "jax"
     if not is_jax and (model_parallel > 1 or num_hosts > 1):
         raise ValueError(
-            "A model divided among devices, and several hosts, need JAX: pip install 'aigc_tf[jax]', and set "
+            "A model divided among devices, and several hosts, need JAX: pip install jax, and set "
             "KERAS_BACKEND=jax before Python starts."
         )
     if model_parallel > 1 and num_hosts > 1:

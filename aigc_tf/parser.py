@@ -27,7 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = add(
         "demo",
         "train both models on the Tang poems that ship with the package, compare them, write poems",
-        "Train an LSTM and a Transformer on 14,343 Tang quatrains, a few minutes on two cores; compare their "
+        "Train an LSTM and a Transformer on 14,343 Tang quatrains, a minute or two on two cores; compare their "
         "bits per character on held-out poems with simpler models, an n-gram among them; write poems with both.",
     )
     demo.add_argument("--out", metavar="FOLDER", help="where to keep it: a new folder (default: runs/demo)")
@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         "tune",
         "search for settings that predict better",
         "Search for the settings of train with the lowest bits per character on held-out documents. Called again, it "
-        "goes on where it was stopped. Needs the extra: pip install 'aigc_tf[tune]'.",
+        "goes on where it was stopped. Needs KerasTuner: pip install 'keras-tuner[bayesian]'.",
     )
     _add_paths(tune)
     tune.add_argument("--out", metavar="FOLDER", help="the folder of the search (default: one under runs/)")

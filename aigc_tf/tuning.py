@@ -144,7 +144,9 @@ def _keras_tuner():
         import scipy.optimize  # noqa: F401
         import sklearn.gaussian_process  # noqa: F401 (KerasTuner needs both, and is imported without them too)
     except ImportError as error:
-        raise ValueError(f"tune() needs KerasTuner and scikit-learn: pip install 'aigc_tf[tune]' ({error}).") from None
+        raise ValueError(
+            f"tune() needs KerasTuner and scikit-learn: pip install 'keras-tuner[bayesian]' ({error})."
+        ) from None
     return keras_tuner
 
 

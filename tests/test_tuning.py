@@ -236,7 +236,7 @@ def test_wrong_searches_are_refused_before_anything_is_written(documents, tmp_pa
 def test_without_keras_tuner_the_way_to_get_it_is_told(documents, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "keras_tuner", None)
     message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, trials=1)
-    assert "pip install 'aigc_tf[tune]'" in message
+    assert "pip install 'keras-tuner[bayesian]'" in message
     assert not (tmp_path / "search").exists()
 
 
