@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -14,7 +16,7 @@ from pathlib import Path
 from . import __version__
 from .files import rename, sync, write_json
 from .tokenizer import Tokenizer, check_vocabulary
-from .weights import read_file
+from .weights import check_file, read_file
 
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
 _SAVING = ".saving"  # in a run folder, a folder of files that are whole, and on their way to their places
@@ -126,7 +128,8 @@ def load(path):
     from .devices import keras
 
     path = _checked_folder(path)
-    return keras.models.load_model(_file(path, _MODEL), compile=False), Tokenizer.load(_file(path, _TOKENIZER))
+    model = keras.models.load_model(_file(path, _MODEL), compile=False, safe_mode=True)  # no code runs from the file
+    return model, Tokenizer.load(_file(path, _TOKENIZER))
 
 
 def load_writer(path):
@@ -150,13 +153,15 @@ def load_writer(path):
 
 
 def _checked_folder(path) -> Path:
-    """Refuse a folder whose files are not those that its record tells of."""
+    """Refuse a folder whose files are not those that its record tells of, or that reach beyond themselves."""
     path = Path(path)
-    for name, expected in read_run(path)["sha256"].items():
+    expected = read_run(path)["sha256"]
+    for name in (_MODEL, _TOKENIZER):
         if not _file(path, name).is_file():
             raise FileNotFoundError(f"The run folder {path} lacks its {name}.")
-        if _sha256(_file(path, name)) != expected:
+        if _sha256(_file(path, name)) != expected[name]:
             raise ValueError(f"{path / name} is not the file that {_RUN} tells of: damaged, or of another run.")
+    check_file(_file(path, _MODEL))
     return path
 
 
@@ -180,23 +185,36 @@ def read_run(path) -> dict:
         )
     try:
         run = json.loads(file.read_text("utf-8"))
-        if any(run.get(key) != value for key, value in _FORMAT.items()) or "sha256" not in run:
+        if any(run.get(key) != value for key, value in _FORMAT.items()):
             raise ValueError(f"it must say {_FORMAT}")
-    except (ValueError, AttributeError) as error:
+        hashes = run.get("sha256")
+        if not isinstance(hashes, dict) or set(hashes) != {_MODEL, _TOKENIZER}:
+            raise ValueError(f"its sha256 must tell of {_MODEL} and {_TOKENIZER}, and of nothing else")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read by this version: {error}.") from None
     return run
 
 
 def versions() -> dict[str, str]:
     """Tell the versions that a result depends on, and the backend."""
-    from .devices import keras
-
     packages = ("keras", "tensorflow", "jax", "numpy", "jieba", "rjieba")
-    found = {"aigc_tf": __version__, "python": platform.python_version(), "backend": keras.backend.backend()}
+    found = {"aigc_tf": __version__, "python": platform.python_version(), "backend": _backend()}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def _backend() -> str:
+    """Tell the backend of Keras, without loading it: by the rules of Keras."""
+    if "keras" in sys.modules:
+        return sys.modules["keras"].backend.backend()
+    file = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "keras.json"
+    try:
+        configured = json.loads(file.read_text("utf-8")).get("backend")
+    except (OSError, ValueError, AttributeError):
+        configured = None
+    return os.environ.get("KERAS_BACKEND") or configured or "tensorflow"
 
 
 def _sha256(file: Path) -> str:

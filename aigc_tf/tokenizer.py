@@ -227,8 +227,11 @@ class Tokenizer:
             state = json.loads(Path(path).read_text("utf-8"))
             if any(state.get(key) != value for key, value in _FORMAT.items()):
                 raise ValueError(f"it must say {_FORMAT}")
+            for name in ("pieces", "user_dict"):
+                if not isinstance(state[name], list) or not all(isinstance(text, str) for text in state[name]):
+                    raise ValueError(f"its {name} must be a list of texts")
             return cls(state["pieces"], state["unit"], tuple(state["user_dict"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a tokenizer that this version can read: {error}.") from None
 
     def _as_dict(self) -> dict:

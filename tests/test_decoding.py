@@ -110,61 +110,6 @@ def test_beyond_the_context(build, tokenizer, prompt):
     assert generate_batch(model, tokenizer, ["日", prompt], **settings)[1] == expected
 
 
-def other_graphs():
-    """Models with the names and weights of ours that compute something else, by what is different."""
-    layers, ops = keras.layers, keras.ops
-
-    def transformer(norm_first=True, act="gelu", causal=True, epsilon=1e-5, approximate=True, offset=1, more=0):
-        def norm(name):
-            return layers.LayerNormalization(epsilon=epsilon, name=name)
-
-        ids = keras.Input((T,), dtype="int32", name="ids")
-        table = layers.ReversibleEmbedding(V, 8, name="token_embedding")
-        positions = ops.cumsum(ops.ones_like(ids), 1) - offset
-        x = table(ids) + layers.Embedding(T + more, 8, name="position_embedding")(positions)
-        y = norm("block_0_attention_norm")(x) if norm_first else x
-        x = x + layers.MultiHeadAttention(2, 4, name="block_0_attention")(y, y, use_causal_mask=causal)
-        y = norm("block_0_mlp_norm")(x)
-        y = layers.Dense(16, name="block_0_mlp_expand")(y)
-        y = ops.gelu(y, approximate=approximate) if act == "gelu" else ops.relu(y)
-        x = x + layers.Dense(8, name="block_0_mlp_project")(y)
-        x = norm("final_norm")(x)
-        return keras.Model(ids, layers.Identity(name="logits")(table(x, reverse=True)), name="transformer")
-
-    def lstm(activation="tanh", go_backwards=False, head_activation=None):
-        ids = keras.Input((T,), dtype="int32", name="ids")
-        table = layers.ReversibleEmbedding(V, 8, name="token_embedding")
-        x = table(ids)
-        x = layers.LSTM(8, activation, return_sequences=True, go_backwards=go_backwards, name="lstm_0")(x)
-        x = layers.Dense(8, activation=head_activation, name="head")(x)
-        return keras.Model(ids, layers.Identity(name="logits")(table(x, reverse=True)), name="lstm")
-
-    assert weights_of(transformer()) is not None
-    assert weights_of(lstm()) is not None
-    yield transformer(norm_first=False)
-    yield transformer(act="relu")
-    yield transformer(causal=False)
-    yield transformer(epsilon=1e-3)
-    yield transformer(approximate=False)
-    yield transformer(offset=0, more=1)
-    yield transformer(more=1)
-    yield lstm(activation="relu")
-    yield lstm(go_backwards=True)
-    yield lstm(head_activation="tanh")
-    yield keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(V, V)])
-
-
-def test_a_model_that_differs_in_one_thing_is_read_through_itself(texts):
-    for other in other_graphs():
-        config = json.loads(other.to_json())["config"]
-        assert read_weights(config, lambda name, other=other: other.get_layer(name).get_weights()) is None
-        decoder = decoding.decoder(other, 1, "numba")
-        assert decoder.num_positions is None
-        np.testing.assert_allclose(
-            decoder.read(*tokens(texts, {0: (0, T)}))[0], np.array(other.predict_on_batch(texts[:1]))[0, -1], atol=1e-6
-        )
-
-
 @pytest.mark.parametrize("error", [NotImplementedError, TypeError])
 def test_a_layer_that_cannot_tell_its_configuration_is_no_obstacle(tokenizer, error):
     class Doubled(keras.layers.Layer):
