@@ -6,6 +6,8 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import zipfile
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -82,3 +84,19 @@ def message_of(error, function, *args, **kwargs):
     assert message
     assert "\n" not in message
     return message
+
+
+def change_weights(path, change):
+    """Change the HDF5 file within a `.keras` file."""
+    import h5py
+
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    inner = path.with_suffix(".h5")
+    inner.write_bytes(parts["model.weights.h5"])
+    with h5py.File(inner, "r+") as file:
+        change(file, h5py)
+    parts["model.weights.h5"] = inner.read_bytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)

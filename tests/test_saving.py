@@ -7,10 +7,9 @@ import sys
 import threading
 import zipfile
 
-import h5py
 import numpy as np
 import pytest
-from conftest import message_of, spread, table_model
+from conftest import change_weights, message_of, spread, table_model
 
 import aigc_tf
 from aigc_tf import (
@@ -285,19 +284,13 @@ def test_a_model_of_another_graph_is_loaded_whole(tokenizer, tmp_path):
 
 def test_a_file_laid_out_in_another_way_is_loaded_whole(trained, tokenizer, tmp_path):
     save(tmp_path, trained, tokenizer)
-    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    (tmp_path / "weights").write_bytes(parts["model.weights.h5"])
-    with h5py.File(tmp_path / "weights", "r+") as file:
+
+    def change(file, h5py):
         for group in file["layers"].values():
             group["vars"].attrs["name"] = "layer"  # as if it were told in another place
-    parts["model.weights.h5"] = (tmp_path / "weights").read_bytes()
-    with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
-        for name, data in parts.items():
-            archive.writestr(name, data)
-    run = read_run(tmp_path)
-    run["sha256"]["model.keras"] = hashlib.sha256((tmp_path / "model.keras").read_bytes()).hexdigest()
-    (tmp_path / "run.json").write_text(json.dumps(run), "utf-8")
+
+    change_weights(tmp_path / "model.keras", change)
+    tell_hashes(tmp_path)
     writer, _ = load_writer(tmp_path)
     assert isinstance(writer, keras.Model)
     settings = {"max_new_tokens": 12, "seed": 0}
@@ -308,3 +301,76 @@ def test_a_writer_and_another_tokenizer_do_not_belong_together(trained, tokenize
     save(tmp_path, trained, tokenizer)
     writer, _ = load_writer(tmp_path)
     assert "same vocabulary size" in message_of(ValueError, generate, writer, Tokenizer.train(["别的"]), "白")
+
+
+# --- folders of strangers --------------------------------------------------------------------------------------
+
+
+def tell_hashes(folder, **changes):
+    """Let `run.json` vouch for the files as they are now."""
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    files = {name: folder / name for name in ("model.keras", "tokenizer.json")}
+    run["sha256"] = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    (folder / "run.json").write_text(json.dumps({**run, **changes}), "utf-8")
+
+
+@pytest.mark.parametrize("load", [load, load_writer])
+def test_no_code_runs_from_a_folder(tokenizer, tmp_path, load):
+    ran = tmp_path / "ran"
+    ids = keras.Input((8,), dtype="int32")
+    x = keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)(ids)
+    hostile = keras.layers.Lambda(lambda x, place=str(ran): (open(place, "w").close(), x)[1])
+    save(tmp_path, keras.Model(ids, hostile(x)), tokenizer)
+    ran.unlink()
+    assert "Lambda" in str(pytest.raises(ValueError, load, tmp_path).value)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("load", [load, load_writer])
+def test_a_model_file_that_reads_other_files_is_refused(trained, tokenizer, tmp_path, load):
+    save(tmp_path, trained, tokenizer)
+    (tmp_path / "secret").write_bytes(b"TOP SECRET" * 10_000)
+
+    def change(file, h5py):
+        data = []
+        file.visititems(lambda _, item: data.append(item) if isinstance(item, h5py.Dataset) else None)
+        group, name, shape, dtype = data[0].parent, data[0].name, data[0].shape, data[0].dtype
+        del group[name]
+        size = dtype.itemsize * int(np.prod(shape))
+        group.create_dataset(name, shape, dtype, external=[(str(tmp_path / "secret"), 0, size)])
+
+    change_weights(tmp_path / "model.keras", change)
+    tell_hashes(tmp_path)
+    assert "is refused" in message_of(ValueError, load, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "hashes", [None, [], {}, {"model.keras": ""}, {"../secret": "", "tokenizer.json": ""}], ids=repr
+)
+def test_the_record_vouches_for_the_files_of_a_run_and_no_others(trained, tokenizer, tmp_path, hashes):
+    save(tmp_path, trained, tokenizer)
+    (tmp_path / "run.json").write_text(json.dumps({**read_run(tmp_path), "sha256": hashes}), "utf-8")
+    for load_it in (load, load_writer, read_run):
+        assert "must tell of model.keras and tokenizer.json" in message_of(ValueError, load_it, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("pieces", [1, 2]), ("pieces", "白日"), ("user_dict", [3]), ("unit", [])])
+def test_a_tokenizer_of_other_things_than_text_is_refused(trained, tokenizer, tmp_path, name, value):
+    save(tmp_path, trained, tokenizer)
+    state = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**state, name: value}), "utf-8")
+    tell_hashes(tmp_path)
+    assert "is not a tokenizer" in message_of(ValueError, load_writer, tmp_path)
+
+
+def test_versions_are_told_without_loading_keras(tmp_path):
+    (tmp_path / "keras.json").write_text('{"backend": "jax"}')
+    code = "import sys; from aigc_tf.__main__ import main; main(['info']); assert 'keras' not in sys.modules"
+    for variables, expected in (({}, "jax"), ({"KERAS_BACKEND": "tensorflow"}, "tensorflow")):
+        environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+        environment |= {"KERAS_HOME": str(tmp_path), **variables}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-500:]
+        told = json.loads(done.stdout)
+        assert told["backend"] == expected
+        assert told["keras"] == keras.__version__

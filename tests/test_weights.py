@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import message_of, spread
+from conftest import change_weights, message_of, spread
 
 import aigc_tf
 from aigc_tf import decoding
@@ -260,22 +260,6 @@ def test_a_file_is_read_as_the_model_is(name, tmp_path):
 
 
 # --- files that reach beyond themselves ------------------------------------------------------------------------
-
-
-def change_weights(path, change):
-    """Change the HDF5 file within a `.keras` file."""
-    import h5py
-
-    with zipfile.ZipFile(path) as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    inner = path.with_suffix(".h5")
-    inner.write_bytes(parts["model.weights.h5"])
-    with h5py.File(inner, "r+") as file:
-        change(file, h5py)
-    parts["model.weights.h5"] = inner.read_bytes()
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in parts.items():
-            archive.writestr(name, data)
 
 
 @pytest.mark.parametrize("how", ["external data", "virtual data", "soft link", "external link", "a bomb", "no storage"])
