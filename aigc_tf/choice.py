@@ -9,7 +9,7 @@ from .compilation import compiled
 from .matrices import exp
 from .numba_tools import one_at_a_time
 
-NO_NUMBER = -2  # instead of a token, where logits are not numbers
+NO_NUMBER = -2  # instead of a token, where logits are not finite: NaN, or infinity
 _f32 = np.float32
 _BLOCK = 32  # logits, of which the largest is looked at first
 _WITH_INFINITY = {"nsz", "arcp", "contract", "reassoc"}  # fastmath, but minus infinity is a logit
@@ -46,7 +46,7 @@ def choose(logits: np.ndarray, uniforms: np.ndarray, choosing: Choosing) -> np.n
         choosing: how.
 
     Returns:
-        Token ids, `int64 (R,)`; `NO_NUMBER` for a row that holds what is none.
+        Token ids, `int64 (R,)`; `NO_NUMBER` for a row that holds NaN or infinity.
     """
     with one_at_a_time:
         return choose_compiled(logits, uniforms, choosing)
@@ -65,7 +65,7 @@ def choose_compiled(logits, uniforms, choosing):
             scaled[i] = logits[row, i] + bias[i]
             largest = max(largest, scaled[i])
             are_numbers &= scaled[i] == scaled[i]
-        if not are_numbers:
+        if not are_numbers or largest == np.inf:
             ids[row] = NO_NUMBER
         elif largest == -np.inf:
             ids[row] = eos
@@ -198,7 +198,7 @@ def _draw(odds, uniform):
     while block < len(sums) - 1 and left >= sums[block]:
         left -= sums[block]
         block += 1
-    while sums[block] == 0:  # where rounding led beyond the last
+    while block > 0 and sums[block] == 0:  # where rounding led beyond the last
         block -= 1
     token = 0
     for i in range(256 * block, min(len(odds), 256 * (block + 1))):

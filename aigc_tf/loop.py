@@ -19,10 +19,12 @@ import numpy as np
 
 from . import sampling
 from .devices import compiled, keras
-from .sampler import Sampler, Settings
+from .sampler import NOT_FINITE, Sampler, Settings
 from .weights import LstmWeights, TransformerWeights
 
 ops = keras.ops
+
+_NO_NUMBER = -2  # instead of a token, where logits are not finite
 
 
 def steps(
@@ -85,6 +87,8 @@ def steps(
         arrays = chance[:, now - longest :][:, :chunk], going, *_int32(starts, now, until - now)
         state, ids, scores = compiled(_write, rules)(on_device, state, settings, *map(ops.convert_to_tensor, arrays))
         ids, scores = ops.convert_to_numpy(ids), ops.convert_to_numpy(scores)
+        if (ids == _NO_NUMBER).any():
+            raise ValueError(NOT_FINITE)
         for i in range(until - now):
             if not going.any():
                 return
@@ -175,7 +179,8 @@ def _write(rules, weights, state, settings, uniforms, going, starts, now, count)
         shares = (settings.get(name) for name in ("typical_p", "top_p", "min_p"))
         adjusted, chance = _adjust(rules, settings, state), ops.take(uniforms, i, axis=1)
         chosen = sampling.choose(adjusted, chance, settings.get("temperature"), rules.top_k, *shares)
-        chosen = ops.where(going, ops.cast(chosen, "int32"), rules.eos)[:, None]
+        chosen = ops.where(ops.max(adjusted, axis=-1) < float("inf"), ops.cast(chosen, "int32"), _NO_NUMBER)
+        chosen = ops.where(going, chosen, rules.eos)[:, None]
         ids = ops.slice_update(ids, (0, i), chosen)
         if rules.scored:
             score = ops.take_along_axis(sampling.log_softmax(state["logits"]), chosen, axis=-1)

@@ -16,7 +16,8 @@ from . import sampling
 from .tokenizer import Tokenizer
 
 _COLDEST = 1e-6  # below, differences that float32 logits can hold leave but the likeliest token
-_NOT_NUMBERS = "The model's logits are not numbers (NaN). Its training failed: load an earlier one."
+_LARGEST = 1e6  # of penalties: more would overflow float32 where they add up, and changes nothing
+NOT_FINITE = "The model's logits are not finite (NaN or infinite). Its training failed: load an earlier one."
 _OPTIONAL = ("top_k", "top_p", "min_p", "typical_p", "no_repeat_ngram")
 
 
@@ -54,14 +55,23 @@ def check_settings(**sampling) -> Settings:
         raise ValueError(f"Settings of sampling are {', '.join(Settings._fields)}; got {', '.join(sorted(unknown))}.")
     given = Settings(**sampling)._asdict()
     rules = {
-        "temperature": (lambda x: x >= 0, "at least 0; 0 takes the likeliest token"),
+        "temperature": (
+            lambda x: 0 <= x <= _LARGEST,
+            f"at least 0, at most {_LARGEST:.0f}; 0 takes the likeliest token",
+        ),
         "top_k": (_at_least_1, "a whole number of at least 1, or None for all tokens"),
         "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens"),
         "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1, or None for all tokens"),
         "typical_p": (lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens"),
-        "repetition_penalty": (lambda x: x > 0, "above 0; 1 changes nothing, more repeats less"),
-        "presence_penalty": (lambda x: True, "a finite number; 0 changes nothing, more repeats less"),
-        "frequency_penalty": (lambda x: True, "a finite number; 0 changes nothing, more repeats less"),
+        "repetition_penalty": (lambda x: 0 < x <= _LARGEST, f"above 0, at most {_LARGEST:.0f}; 1 changes nothing"),
+        "presence_penalty": (
+            lambda x: abs(x) <= _LARGEST,
+            f"a finite number of at most {_LARGEST:.0f}; 0 changes nothing",
+        ),
+        "frequency_penalty": (
+            lambda x: abs(x) <= _LARGEST,
+            f"a finite number of at most {_LARGEST:.0f}; 0 changes nothing",
+        ),
         "no_repeat_ngram": (_at_least_1, "a whole number of at least 1, or None"),
     }
     for name, (rule, words) in rules.items():
@@ -119,8 +129,11 @@ class Sampler:
         self.compiled = compiled
         self.eos = tokenizer.EOS
         self.bias = np.zeros(tokenizer.vocab_size, np.float32)
-        for token, bias in settings.logit_bias.items():
-            self.bias[_token_id(tokenizer, token)] += _checked_bias(token, bias)
+        with np.errstate(over="ignore"):
+            for token, bias in settings.logit_bias.items():
+                self.bias[_token_id(tokenizer, token)] += _checked_bias(token, bias)
+        if np.isposinf(self.bias).any():
+            raise ValueError("logit_bias of a token that is named twice adds up to infinity. Lower it.")
         self.bias[[tokenizer.PAD, tokenizer.BOS]] = -np.inf
         self.token_bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] if settings.banned else []
         self.completions = self._ban_words([word.encode("utf-8", "surrogatepass") for word in settings.banned])
@@ -177,8 +190,8 @@ class Sampler:
     def _or_end(self, logits: np.ndarray) -> np.ndarray:
         """Let a text end for which nothing is left to come; in place."""
         highest = logits.max(axis=-1)
-        if np.isnan(highest).any():
-            raise ValueError(_NOT_NUMBERS)
+        if not (highest < np.inf).all():
+            raise ValueError(NOT_FINITE)
         logits[highest == -np.inf, self.eos] = 0
         return logits
 
@@ -236,11 +249,11 @@ class Sampler:
 
     @staticmethod
     def check_numbers(chosen: np.ndarray) -> np.ndarray:
-        """Return what compiled code chose; refuse logits that were not numbers."""
+        """Return what compiled code chose; refuse logits that were not finite."""
         from .choice import NO_NUMBER
 
         if (chosen == NO_NUMBER).any():
-            raise ValueError(_NOT_NUMBERS)
+            raise ValueError(NOT_FINITE)
         return chosen
 
 

@@ -286,13 +286,20 @@ def test_a_model_that_is_trained_on_is_read_anew(build, model, tokenizer, jit_co
     assert len(set(texts)) > 2
 
 
-def test_a_model_of_nan_is_said(model, tokenizer, engine):
-    weight = model.get_layer("token_embedding").weights[0]
-    weight.assign(weight * float("nan"))
-    for settings in ({}, {"temperature": 0}, {"num_beams": 2}):
-        assert "not numbers (NaN)" in message_of(
-            ValueError, generate, model, tokenizer, "白", engine=engine, **settings
-        )
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("wrong", ["nan", "inf"])
+def test_a_model_whose_logits_are_not_finite_is_said(build, tokenizer, engine, wrong):
+    model = build(tokenizer.vocab_size, T)
+    if build.architecture == "transformer":
+        weight = model.get_layer("final_norm").weights[1]  # the offset, after which the sum of a row is of one sign
+        model.get_layer("token_embedding").weights[0].assign(np.ones((tokenizer.vocab_size, 16)))
+    else:
+        weight = model.get_layer("head").weights[1]
+        model.get_layer("token_embedding").weights[0].assign(np.ones((tokenizer.vocab_size, 8)))
+    weight.assign(np.full(weight.shape, float(wrong)))
+    for settings in ({}, {"temperature": 0}, {"repetition_penalty": 1.5}, {"num_beams": 2}):
+        settings["engine"] = engine
+        assert "not finite (NaN or infinite)" in message_of(ValueError, generate, model, tokenizer, "白", **settings)
 
 
 def test_streams_read_in_turns_are_what_they_are_alone(model, tokenizer, engine):

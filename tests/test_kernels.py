@@ -166,15 +166,21 @@ def test_the_top_k_may_lie_in_a_single_block_or_hardly_exist():
 
 
 def test_bias_the_end_and_what_is_no_number():
-    logits = np.zeros((4, 300), np.float32)
+    logits = np.zeros((7, 300), np.float32)
     logits[0, 7] = 9
     logits[1] = -np.inf
     logits[2, 200] = np.nan
+    logits[4:, 200] = np.inf
+    logits[5:, 201:] = -np.inf
+    logits[6, :200] = np.inf
     bias = np.zeros(300, np.float32)
     bias[7], bias[8] = -np.inf, 30
     for temperature in (0, 1):
         choosing = choice.Choosing(bias, 2, np.float32(temperature), 300, *map(np.float32, (1, 1, 0)))
-        assert choice.choose(logits, np.full(4, 0.5), choosing).tolist() == [8, 2, choice.NO_NUMBER, 8]
+        for uniform in (0.0, 0.5, np.nextafter(1.0, 0.0)):
+            ids = choice.choose(logits, np.full(7, uniform), choosing)
+            assert uniform != 0.5 or ids[[0, 1, 3]].tolist() == [8, 2, 8]
+            assert (ids[[2, 4, 5, 6]] == choice.NO_NUMBER).all()
 
 
 def transformer_weights(num_blocks, dim=8, vocab_size=41, context=6):

@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import importlib
 
@@ -288,3 +289,10 @@ def test_the_cache_is_written_in_place(transformer, sampler, tokenizer, calls):
     of_the_cache = [line for line in lines if f"f32[4,2,{T},8]" in line]
     assert any("dynamic-update-slice" in line for line in of_the_cache)
     assert not [line for line in of_the_cache if " copy(" in line]
+
+
+def test_logits_that_are_not_finite_are_said(transformer, sampler, tokenizer):
+    spoilt = dataclasses.replace(transformer, final_norm=np.full_like(transformer.final_norm, np.nan))
+    for weights, settings in ((spoilt, {}), (spoilt, {"temperature": 1.0})):
+        with pytest.raises(ValueError, match="not finite"):
+            write(weights, sampler(**settings), encode(tokenizer), chance())

@@ -466,3 +466,10 @@ def test_no_n_gram_comes_twice_but_exempt_ones():
         grams = set().union(*(repeated(text, n) for text in exempt))
         assert grams
         assert all(gram.endswith("，") for gram in grams)
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_settings_that_float32_cannot_add_up_are_refused(name):
+    assert "1000000" in message_of(ValueError, check_settings, **{name: 1e39})
+    bias = {"白": 3.4e38, TOKENIZER.encode("白")[0]: 3.4e38}
+    assert "adds up to infinity" in message_of(ValueError, make, logit_bias=bias)
