@@ -15,7 +15,8 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "text": ("clean", "load_documents", "split"),
+    "text": ("clean", "split"),
+    "documents": ("iter_documents", "load_documents"),
     "corpora": ("load_corpus",),
     "segmentation": ("keywords", "load_stopwords", "load_user_dict", "remove_stopwords", "segment"),
     "tokenizer": ("Tokenizer",),

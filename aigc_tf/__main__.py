@@ -70,11 +70,17 @@ def _stem(options) -> str:
 
 def _documents(options) -> list[str]:
     """Load the files and the named corpora of a command."""
+    import warnings
+
     from .corpora import load_corpus
-    from .text import load_documents
+    from .documents import load_documents
 
     files = [path for path in options.paths if not path.startswith(_CORPUS)]
-    documents = load_documents(files, options.field) if files else []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        documents = load_documents(files, options.field) if files else []
+    for warning in caught:
+        print(f"aigc-tf: {warning.message}", file=sys.stderr)
     for path in options.paths:
         if path.startswith(_CORPUS):
             documents += load_corpus(path.removeprefix(_CORPUS))

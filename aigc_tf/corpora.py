@@ -23,8 +23,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from .documents import load_documents
 from .files import shipped_file, write_beside
-from .text import clean, load_documents
+from .text import clean
 
 # Tables drawn with characters, pictures and markup that were lost on the way.
 _DAMAGED_ARTICLE = re.compile(r"[|{\\]|--")

@@ -7,13 +7,14 @@ from pathlib import Path
 from .checkpoints import delete_checkpoints
 from .dataset import make_dataset
 from .devices import keras
+from .documents import load_documents
 from .evaluation import baselines, evaluate
 from .files import shipped_file
 from .generation import generate_batch
 from .initialisation import initialise
 from .models import lstm, transformer
 from .saving import save
-from .text import documents_sha256, load_documents, split
+from .text import documents_sha256, split
 from .tokenizer import Tokenizer
 from .training import train
 

@@ -16,6 +16,20 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
+_UNPACK = "Unpack it first, and name the folder."
+_SAVE = "Save its text as a .txt file in UTF-8."
+_UTF16 = "Convert it first, for example: iconv -f UTF-16 -t UTF-8 old.txt > new.txt"
+# How files that are no UTF-8 begin, what they are, and what to do.
+_KINDS = (
+    (b"PK\x03\x04", "a ZIP archive, as .docx, .xlsx and .epub are too", f"{_UNPACK[:-1]}; or: {_SAVE}"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document (.doc, .xls)", _SAVE),
+    (b"%PDF", "a PDF", f"{_SAVE[:-1]}, for example: pdftotext old.pdf new.txt"),
+    (b"\x1f\x8b", "compressed by gzip", _UNPACK),
+    (b"7z\xbc\xaf", "a 7z archive", _UNPACK),
+    (b"Rar!", "a RAR archive", _UNPACK),
+    (b"\xff\xfe", "UTF-16", _UTF16),
+    (b"\xfe\xff", "UTF-16", _UTF16),
+)
 _LOCK = ".lock"
 _held: dict[Path, int] = {}  # a folder that this process has locked -> the thread that did
 
@@ -26,10 +40,18 @@ def read_text(path) -> str:
         # Not "utf-8-sig", which counts the offset of an error from after the byte order mark.
         return Path(path).read_text("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} must be UTF-8 text, but byte {error.object[error.start]:#04x} at offset {error.start} "
-            "is not. Convert it first, for example: iconv -f GB18030 -t UTF-8 old.txt > new.txt"
-        ) from None
+        raise not_utf8(path, error.object, error.object[error.start], error.start) from None
+
+
+def not_utf8(path, start: bytes, byte: int, offset: int) -> ValueError:
+    """Return the error that a file is not UTF-8: what it is, as its first bytes tell, or else which byte is wrong."""
+    for first, what, way_out in _KINDS:
+        if start.startswith(first):
+            return ValueError(f"{path} must be UTF-8 text, but is {what}. {way_out}")
+    return ValueError(
+        f"{path} must be UTF-8 text, but byte {byte:#04x} at offset {offset} "
+        "is not. Convert it first, for example: iconv -f GB18030 -t UTF-8 old.txt > new.txt"
+    )
 
 
 def shipped_file(name: str) -> Path:

@@ -12,7 +12,7 @@ from .initialisation import initialise
 from .models import build
 from .saving import save
 from .segmentation import as_user_dict, remove_stopwords
-from .text import documents_sha256, split
+from .text import MOST_CHARS, documents_sha256, split
 from .tokenizer import Tokenizer, usual_processes
 from .training import train
 
@@ -109,6 +109,8 @@ def run_pipeline(
         f"{len(documents):,} documents, {num_chars:,} characters: {len(train_documents):,} documents to learn "
         f"from, {len(valid_documents):,} held out"
     )
+    if len(train_documents) + len(valid_documents) > len(documents):
+        show(f"documents of over {MOST_CHARS:,} characters are cut at line ends, and their pieces are divided")
     if stopwords:
         train_documents, share = remove_stopwords(train_documents, stopwords)
         show(

@@ -1,13 +1,11 @@
-"""Text intake: files -> clean documents -> training and held-out documents."""
+"""Text: what cleaning does to a text, and how documents are divided into training and held-out ones."""
 
 import hashlib
-import json
+import math
 import os
 import re
-from pathlib import Path
 
-from .files import read_text
-
+MOST_CHARS = 4_000  # of a document that is not cut into pieces to be split: some 30 contexts
 # Characters that str.splitlines and editors take for a line end, beside "\n".
 _NEWLINE = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 # Zero-width and bidirectional marks, soft hyphen, Hangul fillers, byte order mark, control characters
@@ -55,47 +53,16 @@ def clean(text: str) -> str:
     return _BLANK_LINES.sub("\n\n", _LINE_TAIL.sub("", text)).strip("\n")
 
 
-def load_documents(paths, field: str = "text") -> list[str]:
-    """Read files and folders into clean documents, exact duplicates dropped.
-
-    In a `.jsonl` file each line is a record and `field` names its text; in any other file blank lines
-    separate the documents. A folder gives its `.txt` and `.jsonl` files, sub-folders included, by name.
-
-    Args:
-        paths: a path, or a list of paths.
-        field: the field of a `.jsonl` record that holds the text.
-
-    Returns:
-        `list[str]` in the order of the files, none of them empty.
-
-    Raises:
-        FileNotFoundError: a path does not exist, or a folder holds no text file.
-        ValueError: a file is not UTF-8, a record is not JSON or lacks `field`, or nothing is left.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = pathlib.Path(folder, "a.txt").write_text("春眠不觉晓，\\n处处闻啼鸟。\\n\\n夜来风雨声", "utf-8")
-        ...     load_documents(folder)
-        ['春眠不觉晓，\\n处处闻啼鸟。', '夜来风雨声']
-    """
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    files = [file for path in paths for file in _text_files(Path(path))]
-    documents = dict.fromkeys(document for file in files for document in _read_documents(file, field))
-    documents.pop("", None)
-    if not documents:
-        raise ValueError(
-            f"No text found in {', '.join(map(str, paths)) or 'an empty list of paths'}: "
-            "a corpus needs at least one document. Name files that hold UTF-8 text."
-        )
-    return list(documents)
-
-
 def split(documents: list[str], valid_fraction: float = 0.05) -> tuple[list[str], list[str]]:
     """Divide documents into a training and a held-out side by a stable hash of each document.
 
-    A document's side depends on its own text and `valid_fraction` alone: it never changes when others are
-    added, removed or reordered, nor between machines.
+    A document's side depends on its own text and `valid_fraction` alone: it does not change when others are added,
+    removed or reordered, nor between machines. The exception is a corpus so small that one side would be empty: it
+    gets the document whose hash is nearest to it.
+
+    A document longer than 4,000 characters, such as a novel, is cut at line ends into pieces of at most so many
+    (a longer line stays whole), and these are divided. Joined by newlines they are the document. An edit of a long
+    document changes its later pieces, and so perhaps their sides.
 
     Args:
         documents: the documents.
@@ -105,7 +72,8 @@ def split(documents: list[str], valid_fraction: float = 0.05) -> tuple[list[str]
         The training documents and the held-out documents, each `list[str]` in the order given.
 
     Raises:
-        ValueError: `valid_fraction` is out of range, one side would be empty, or `documents` is one text.
+        ValueError: `valid_fraction` is out of range, there are fewer than two different documents, or `documents` is
+            one text.
 
     Example:
         >>> train_documents, valid_documents = split([f"第{i}首" for i in range(1000)])
@@ -115,21 +83,31 @@ def split(documents: list[str], valid_fraction: float = 0.05) -> tuple[list[str]
     check_documents(documents)
     if not 0 < valid_fraction < 1:
         raise ValueError(f"valid_fraction must lie between 0 and 1, got {valid_fraction}.")
-    ranks = [_rank(document) for document in documents]
-    train_documents = [d for d, rank in zip(documents, ranks, strict=True) if rank >= valid_fraction]
-    valid_documents = [d for d, rank in zip(documents, ranks, strict=True) if rank < valid_fraction]
-    if train_documents and valid_documents:
-        return train_documents, valid_documents
+    pieces = [piece for document in documents for piece in _pieces(document)]
+    ranks = [_rank(piece) for piece in pieces]
     if len(set(ranks)) < 2:
-        way_out = "Separate documents by blank lines, or add text."
-    else:
-        smallest, largest = min(ranks), max(ranks)
-        way_out = f"Choose valid_fraction above {smallest} and up to {largest}, or add documents."
-    raise ValueError(
-        f"A split needs documents on both sides, but of {len(documents)} with "
-        f"valid_fraction={valid_fraction}, {len(train_documents)} are for training "
-        f"and {len(valid_documents)} held out. {way_out}"
-    )
+        raise ValueError(
+            f"A split needs at least two different documents, one to hold out, got {len(set(ranks))}. Separate "
+            f"documents by blank lines, or add text; one of over {MOST_CHARS:,} characters is divided at line ends."
+        )
+    bound = min(max(valid_fraction, math.nextafter(min(ranks), 1)), max(ranks))
+    train_documents = [piece for piece, rank in zip(pieces, ranks, strict=True) if rank >= bound]
+    valid_documents = [piece for piece, rank in zip(pieces, ranks, strict=True) if rank < bound]
+    return train_documents, valid_documents
+
+
+def _pieces(document: str) -> list[str]:
+    """Cut a document at line ends into pieces of at most `MOST_CHARS` characters, where its lines allow it."""
+    pieces, start = [], 0
+    while len(document) - start > MOST_CHARS:
+        end = document.rfind("\n", start + 1, start + MOST_CHARS + 1)
+        if end < 0:
+            end = document.find("\n", start + MOST_CHARS)
+        if end < 0:
+            break
+        pieces.append(document[start:end])
+        start = end + 1
+    return [*pieces, document[start:]]
 
 
 def check_documents(documents) -> None:
@@ -153,41 +131,3 @@ def documents_sha256(documents: list[str]) -> str:
     for document in documents:
         digest.update(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()
-
-
-def _text_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"There is no file or folder {path}. Check the name.")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (".txt", ".jsonl") and p.is_file())
-    if not files:
-        raise FileNotFoundError(f"The folder {path} holds no .txt or .jsonl file. Name another, or a file.")
-    return files
-
-
-def _read_documents(file: Path, field: str) -> list[str]:
-    text = read_text(file)
-    if file.suffix.lower() != ".jsonl":
-        return clean(text).split("\n\n")
-    return [
-        clean(_field_of(line, field, f"{file}, line {number}"))
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
-
-
-def _field_of(line: str, field: str, place: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} must be a JSON record, but: {error}. Mend or delete the line.") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{place} must be a JSON object, got {type(record).__name__}. Mend or delete the line.")
-    if not isinstance(record.get(field), str):
-        fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.items())
-        raise ValueError(
-            f"{place} must have its text in the field {field!r}, but has: {fields}. "
-            "Name the right field (field=..., --field)."
-        )
-    return record[field]

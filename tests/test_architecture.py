@@ -14,8 +14,9 @@ PACKAGE = Path(aigc_tf.__file__).parent
 ALLOWED = {
     "files": set(),
     "live": set(),
-    "text": {"files"},
-    "corpora": {"files", "text"},
+    "text": set(),
+    "documents": {"files", "text"},
+    "corpora": {"documents", "files", "text"},
     "segmentation": {"files", "text"},
     "chunks": set(),
     "tokenizer": {"chunks", "files", "segmentation", "text"},

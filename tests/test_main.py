@@ -10,8 +10,9 @@ import time
 import pytest
 
 from aigc_tf import generate, load_stopwords, load_writer, read_run
-from aigc_tf.__main__ import main
+from aigc_tf.__main__ import _documents, main
 from aigc_tf.demo import is_quatrain, run_demo
+from aigc_tf.parser import make_parser
 
 SMALL = "--context 16 --steps 4 --validations 2 --num-layers 1 --hidden-dim 16 --valid-fraction 0.2".split()
 
@@ -236,6 +237,15 @@ def test_info_is_json(run_folder, capsys):
     assert "keras" in json.loads(capsys.readouterr().out)
 
 
+def test_what_is_left_out_of_a_folder_is_one_line(documents, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n\n".join(documents), "utf-8")
+    (tmp_path / "b.docx").write_bytes(b"PK")
+    (tmp_path / "c.txt").write_bytes("春眠不觉晓".encode("gbk"))
+    assert _documents(make_parser().parse_args(["train", str(tmp_path)])) == documents
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("aigc-tf: left out: 1 .docx, 1 unreadable file (the first: ")
+
+
 def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text(" \n\n", "utf-8")
     (tmp_path / "one.txt").write_text("春眠不觉晓，处处闻啼鸟。", "utf-8")
@@ -246,7 +256,7 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["train", str(tmp_path / "none.txt")], "There is no file or folder"),
         (["train", str(tmp_path / "folder")], "holds no .txt or .jsonl file"),
         (["train", str(tmp_path / "empty.txt")], "No text found"),
-        (["train", str(tmp_path / "one.txt")], "A split needs documents on both sides"),
+        (["train", str(tmp_path / "one.txt")], "A split needs at least two different documents"),
         (["train", str(tmp_path / "gbk.txt")], "must be UTF-8 text"),
         (["train", text, "--context", "100000"], "one window needs context + 1 = 100001"),
         (["train", text, "--vocab-size", "10"], "vocab_size must be over 259"),

@@ -1,11 +1,9 @@
-"""Text intake: what cleaning removes and keeps, what loading reads and refuses, how documents are split."""
+"""Text: what cleaning removes and keeps, and how documents are divided."""
 
 import itertools
-import json
 import math
 import pathlib
 import random
-import re
 import time
 
 import pytest
@@ -15,7 +13,8 @@ from hypothesis import strategies as st
 
 import aigc_tf
 from aigc_tf import Tokenizer
-from aigc_tf.text import clean, load_documents, split
+from aigc_tf import text as text_room
+from aigc_tf.text import clean, split
 
 PUNCTUATION = "，。！？：；（）《》“”‘’……——、「」"
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
@@ -34,13 +33,6 @@ nasty = st.sampled_from(NEWLINES + BLANKS + INVISIBLE + PICTURES + VISIBLE)
 nasty_text = st.lists(nasty | st.characters(), max_size=20).map("".join)
 
 often = settings(max_examples=300, deadline=None)
-
-
-def write(path, content):
-    """Write text or bytes to a file in a folder that may not exist yet."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-    return path
 
 
 @often
@@ -119,110 +111,6 @@ def test_blank_tails_and_surplus_blank_lines_go_and_indentation_stays():
     assert clean("\n \n　　春　\t\n\n \n　\n风 \n\n") == "　　春\n\n风"
 
 
-def test_blank_lines_separate_documents(tmp_path):
-    file = write(tmp_path / "a.txt", "\n\n春\n风\n\n夏\n\n\n\n秋\n")
-    assert load_documents(file) == ["春\n风", "夏", "秋"]
-
-
-def test_a_blank_line_may_hold_blanks(tmp_path):
-    assert load_documents(write(tmp_path / "a.txt", "春\n \t\n夏\n　\n秋")) == ["春", "夏", "秋"]
-
-
-def test_blank_lines_separate_documents_in_windows_files(tmp_path):
-    assert load_documents(write(tmp_path / "a.txt", "春\r\n风\r\n\r\n夏\r\n  \r\n秋\r\n")) == ["春\n风", "夏", "秋"]
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    assert load_documents(write(tmp_path / "a.txt", b"\xef\xbb\xbf" + "春".encode())) == ["春"]
-    assert load_documents(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + '{"text": "夏"}'.encode())) == ["夏"]
-
-
-def test_documents_come_out_clean(tmp_path):
-    assert load_documents(write(tmp_path / "a.txt", "Ａ\u200b１，")) == ["A1，"]
-
-
-def test_a_folder_gives_its_text_files_by_name(tmp_path):
-    write(tmp_path / "3.jsonl", '{"text": "三"}\n')
-    write(tmp_path / "4.TXT", "四")
-    write(tmp_path / "1.txt", "一")
-    write(tmp_path / "2" / "deep" / "b.txt", "二乙")
-    write(tmp_path / "2" / "deep" / "a.txt", "二甲")
-    write(tmp_path / "0.md", "零")
-    write(tmp_path / "5.txt" / "notes.md", "a folder whose name ends in .txt")
-    assert load_documents(tmp_path) == ["一", "二甲", "二乙", "三", "四"]
-
-
-def test_a_list_of_paths_keeps_its_order(tmp_path):
-    first, second = write(tmp_path / "b.txt", "春"), write(tmp_path / "a.md", "夏")
-    assert load_documents([str(first), second]) == ["春", "夏"]
-
-
-def test_a_jsonl_record_is_one_document(tmp_path):
-    records = [{"text": "春\n\n风", "id": 1}, {"text": " \n"}, {"text": "夏\u2028雨"}]
-    lines = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    assert load_documents(write(tmp_path / "a.jsonl", lines)) == ["春\n\n风", "夏\n雨"]
-
-
-def test_a_jsonl_field_can_be_named(tmp_path):
-    file = write(tmp_path / "a.jsonl", '{"text": "题", "body": "文"}\n')
-    assert load_documents(file, field="body") == ["文"]
-
-
-def test_duplicates_are_dropped_and_the_first_stays(tmp_path):
-    write(tmp_path / "a.txt", "春\n\n夏\n\n春 ")
-    write(tmp_path / "b.jsonl", '{"text": "夏"}\n{"text": "秋"}\n{"text": "\\u200b春"}\n')
-    assert load_documents(tmp_path) == ["春", "夏", "秋"]
-
-
-def test_a_missing_file_is_named(tmp_path):
-    assert "no.txt" in message_of(FileNotFoundError, load_documents, tmp_path / "no.txt")
-
-
-def test_a_folder_without_text_is_named(tmp_path):
-    write(tmp_path / "poems" / "a.md", "春")
-    assert "poems" in message_of(FileNotFoundError, load_documents, tmp_path / "poems")
-
-
-@pytest.mark.parametrize("content", ["", "\n \n\n", "\ufeff\u200b"])
-def test_a_corpus_without_text_is_an_error(tmp_path, content):
-    assert "a.txt" in message_of(ValueError, load_documents, write(tmp_path / "a.txt", content))
-
-
-def test_no_paths_at_all_is_an_error():
-    assert "empty list" in message_of(ValueError, load_documents, [])
-
-
-@pytest.mark.parametrize(
-    ("before", "offset"), [(b"", 0), ("春".encode(), 3), (b"a" * 70_000, 70_000), (b"\xef\xbb\xbfab", 5)]
-)
-def test_the_first_byte_that_is_not_utf8_is_named(tmp_path, before, offset):
-    message = message_of(ValueError, load_documents, write(tmp_path / "a.txt", before + b"\xb4\xba"))
-    assert "a.txt" in message
-    assert re.search(rf"0xb4 at offset {offset}\b", message)
-
-
-def test_a_broken_json_line_is_named(tmp_path):
-    file = write(tmp_path / "a.jsonl", '{"text": "春"}\n\n{"text": "夏"\n')
-    assert "a.jsonl, line 3" in message_of(ValueError, load_documents, file)
-
-
-def test_a_missing_field_is_named_with_the_fields_there_are(tmp_path):
-    file = write(tmp_path / "a.jsonl", '{"text": "春"}\n{"title": "题", "body": "文"}\n')
-    message = message_of(ValueError, load_documents, file)
-    assert "a.jsonl, line 2" in message
-    assert "'text'" in message
-    assert re.search("has.*title.*body", message)
-
-
-def test_a_record_that_is_no_object_is_an_error(tmp_path):
-    assert "list" in message_of(ValueError, load_documents, write(tmp_path / "a.jsonl", '["text"]\n'))
-
-
-def test_a_field_that_holds_no_text_is_not_called_missing(tmp_path):
-    message = message_of(ValueError, load_documents, write(tmp_path / "a.jsonl", '{"text": null}\n'))
-    assert re.search("null|None", message)
-
-
 POEMS = [f"第{i}首" for i in range(100)]
 extra_documents = st.lists(st.text(st.characters(), max_size=3), max_size=20)
 
@@ -265,26 +153,49 @@ def test_split_refuses_a_fraction_out_of_range(valid_fraction):
     assert "between 0 and 1" in message_of(ValueError, split, POEMS, valid_fraction)
 
 
-@pytest.mark.parametrize("documents", [[], ["春"], ["春", "春"]])
-def test_split_of_fewer_than_two_different_documents_offers_no_fraction(documents):
+@pytest.mark.parametrize("documents", [[], ["春"], ["春", "春"], ["春" * 10_000]])
+def test_split_of_fewer_than_two_different_documents_is_refused(documents):
     message = message_of(ValueError, split, documents)
-    assert "Choose" not in message
+    assert f"at least two different documents, one to hold out, got {len(set(documents))}" in message
     assert "add text" in message
 
 
-@pytest.mark.parametrize("valid_fraction", [0.0001, 0.9999])
-def test_split_names_a_way_out_that_works(valid_fraction):
-    rng, refused = random.Random(0), []
-    for i in range(200):
-        documents = [f"{i}-{j}" for j in range(rng.randrange(2, 5))]
-        message = message_of(ValueError, split, documents, valid_fraction)
-        low, high = map(float, re.search(r"above ([\d.e-]+) and up to ([\d.e-]+)", message).groups())
-        for fraction in (math.nextafter(low, 1), (low + high) / 2, high):
-            try:
-                split(documents, fraction)
-            except ValueError:
-                refused.append((documents, fraction))
-    assert refused == []
+@pytest.mark.parametrize("valid_fraction", [1e-9, 0.05, 1 - 1e-9])
+def test_however_few_documents_both_sides_have_some(valid_fraction):
+    for i in range(100):
+        documents = [f"{i}-{j}" for j in range(2 + i % 9)] * 2
+        train, valid = split(documents, valid_fraction)
+        assert train
+        assert valid
+        assert sorted(train + valid) == sorted(documents)
+        assert set(valid).isdisjoint(train)
+        # The one that is held out is the one that the smallest fraction to hold out any would hold out.
+        if valid_fraction < 1e-6:
+            assert len(set(valid)) == 1
+            assert set(valid) <= set(split(documents, 0.3)[1])
+
+
+def test_one_novel_is_divided_at_line_ends():
+    novel = "\n".join(f"第{i}段。{'春眠不觉晓，' * (i % 50)}" for i in range(2_000))
+    train, valid = split([novel])
+    pieces = text_room._pieces(novel)
+    assert "\n".join(pieces) == novel
+    assert all(len(piece) <= 4_000 for piece in pieces)
+    assert sorted(train + valid) == sorted(pieces)
+    assert 0 < len(valid) < len(pieces) / 5
+    # What is written after it, and other documents, change no side.
+    assert set(split([novel + "\n尾声", "春"])[1]) >= set(valid) - {pieces[-1]}
+
+
+@often
+@given(st.text(st.sampled_from("春眠\n"), max_size=60), st.integers(1, 9))
+def test_pieces_joined_are_the_document(document, most):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_room, "MOST_CHARS", most)
+        pieces = text_room._pieces(document)
+    assert "\n".join(pieces) == document
+    assert all(len(piece) <= most or "\n" not in piece.lstrip("\n")[:-1] for piece in pieces)
+    assert document == "" or "" not in pieces[:-1]
 
 
 @pytest.mark.parametrize("blank", [" ", "\t", "\u3000", "\n", "\u200b", "\u200d", "\ufe0f", "\U0001f468\u200d", "\r"])
