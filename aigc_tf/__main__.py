@@ -39,9 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
+    from .live import printable
+
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode()
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return printable(" ".join(text.split()).encode("utf-8", "backslashreplace").decode(), sys.stderr)
 
 
 def _demo(options) -> None:
@@ -165,6 +168,7 @@ def _generate(options) -> None:
     check_generation(**settings)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, got {options.num_samples}.")
+    from .live import printable
     from .saving import load_writer
 
     model, tokenizer = load_writer(options.folder)
@@ -175,10 +179,10 @@ def _generate(options) -> None:
             print()
         seed = None if options.seed is None else options.seed + i
         if at_once:
-            print(generate(model, tokenizer, options.prompt, seed=seed, **settings), end="")
+            print(printable(generate(model, tokenizer, options.prompt, seed=seed, **settings)), end="")
         else:
             for piece in stream(model, tokenizer, options.prompt, seed=seed, **settings):
-                print(piece, end="", flush=True)
+                print(printable(piece), end="", flush=True)
         print()
 
 

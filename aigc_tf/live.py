@@ -1,10 +1,13 @@
 """Live: show(), texts on the screen while they are written."""
 
 import html
+import re
 import sys
 import time
 from collections.abc import Iterator
 
+# What a terminal would obey, not show: control characters but new lines and tabs, and those that turn the direction.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SECONDS_BETWEEN = 0.05  # of two drawings in a notebook: more often is not seen, and slows the writing
 
 
@@ -34,6 +37,11 @@ def show(*streams: Iterator[str]) -> list[str]:
     return texts
 
 
+def printable(text: str, file=None) -> str:
+    """Return a text for a file such as standard output, the default: where that is a terminal, without commands to it."""
+    return _COMMANDS.sub("\ufffd", text) if (file or sys.stdout).isatty() else text
+
+
 def in_notebook() -> bool:
     """Tell whether this process runs the cells of a notebook; a script that imports what notebooks need does not."""
     ipython = sys.modules.get("IPython")
@@ -45,7 +53,7 @@ def _write_in_terminal(streams, texts) -> None:
     for i, stream in enumerate(streams):
         for piece in stream:
             texts[i] += piece
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
 
 

@@ -179,7 +179,7 @@ def _write(rules, weights, state, settings, uniforms, going, starts, now, count)
         shares = (settings.get(name) for name in ("typical_p", "top_p", "min_p"))
         adjusted, chance = _adjust(rules, settings, state), ops.take(uniforms, i, axis=1)
         chosen = sampling.choose(adjusted, chance, settings.get("temperature"), rules.top_k, *shares)
-        chosen = ops.where(ops.max(adjusted, axis=-1) < float("inf"), ops.cast(chosen, "int32"), _NO_NUMBER)
+        chosen = ops.where(ops.all(adjusted < float("inf"), axis=-1), ops.cast(chosen, "int32"), _NO_NUMBER)
         chosen = ops.where(going, chosen, rules.eos)[:, None]
         ids = ops.slice_update(ids, (0, i), chosen)
         if rules.scored:

@@ -2,8 +2,10 @@ import sys
 import types
 
 import pytest
+from conftest import spread
 
-from aigc_tf import live, show
+from aigc_tf import Tokenizer, live, lstm, save, show
+from aigc_tf.__main__ import main
 
 
 def interrupted(pieces):
@@ -73,3 +75,25 @@ def test_a_notebook_is_told_by_its_shell(monkeypatch, shell, expected):
     ipython.get_ipython = type(shell, (), {})
     monkeypatch.setitem(sys.modules, "IPython", ipython)
     assert live.in_notebook() == expected
+
+
+def test_a_terminal_gets_no_commands(monkeypatch, capsys):
+    hostile = "白\x1b]0;title\x07\x9b2J\r\x7f日\u202e依\u2066\t山\n"
+    shown = "白\ufffd]0;title\ufffd\ufffd2J\ufffd\ufffd日\ufffd依\ufffd\t山\n"
+    assert show(iter([hostile])) == [hostile]
+    assert capsys.readouterr().out == hostile + "\n"  # a file gets what was written
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert show(iter(hostile)) == [hostile]
+    assert capsys.readouterr().out == shown + "\n"
+
+
+def test_a_terminal_gets_no_commands_from_messages_and_generate(monkeypatch, capsys, tmp_path):
+    for file in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(file, "isatty", lambda: True)
+    assert main(["info", str(tmp_path / "\x1b[2Jx")]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+    tokenizer = Tokenizer.train(["白\x1b"])
+    save(tmp_path, spread(lstm(tokenizer.vocab_size, 8, hidden_dim=8)), tokenizer)
+    for options in ([], ["--best-of", "2"]):
+        assert main(["generate", str(tmp_path), "\x1b[2J", "--max-new-tokens", "2", "--seed", "0", *options]) == 0
+        assert capsys.readouterr().out.startswith("\ufffd[2J")
