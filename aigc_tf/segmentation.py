@@ -14,6 +14,8 @@ from .text import check_documents
 
 _HAN_WORD = re.compile(r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]{2,}")
 _STOPWORD_LISTS = ("cn", "classical")
+# What of jieba is used beside its documented functions.
+_OF_JIEBA = ("FREQ", "gen_pfdict", "get_dict_file", "initialized", "total")
 
 
 def segment(
@@ -213,14 +215,17 @@ def _import_jieba():
 def _jieba_tokenizer(user_dict: tuple[str, ...]):
     """Make an own jieba.Tokenizer, so that words added elsewhere in the process change nothing here."""
     tokenizer = _import_jieba().Tokenizer()
-    # Reading the dictionary here instead of in initialize() writes no log lines and no cache file in a
-    # shared temporary folder; it takes as long.
-    with tokenizer.get_dict_file() as dictionary:
-        tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(dictionary)
-    tokenizer.initialized = True
+    if all(hasattr(tokenizer, name) for name in _OF_JIEBA):
+        # Reading the dictionary here instead of in initialize() writes no log lines and no cache file in a
+        # shared temporary folder; it takes as long.
+        with tokenizer.get_dict_file() as dictionary:
+            tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(dictionary)
+        tokenizer.initialized = True
+    else:  # another version of jieba
+        tokenizer.initialize()
     if user_dict:
         # jieba keeps words of frequency 0 in a set that all its tokenizers share.
-        force_split = _import_jieba().finalseg.Force_Split_Words
+        force_split = getattr(_import_jieba().finalseg, "Force_Split_Words", set())
         others = set(force_split)
         tokenizer.load_userdict(user_dict)
         force_split.intersection_update(others)

@@ -107,6 +107,11 @@ def train(
     steps_per_validation = math.ceil(steps / validations)
     schedule = compile_model(model, **settings)
     display = Display() if progress and is_first_host() else NoDisplay()
+    if not hasattr(train_data, "from_step"):
+        display.line(
+            "train_data is not as make_dataset returned it (.map() and the like make another): the softmax runs over "
+            "all tokens, and a training that is resumed reads the data from the start and cannot notice a change"
+        )
     course = Course(
         model,
         tokenizer,

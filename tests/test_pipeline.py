@@ -67,3 +67,10 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_written
         assert part in message_of(ValueError, run_pipeline, documents, tmp_path / "run", **{**SMALL, **wrong})
     assert not (tmp_path / "run").exists()
     assert keras.config.dtype_policy().name == "float32"
+
+
+def test_one_novel_makes_a_run(documents, tmp_path, capsys):
+    novel = "\n".join(documents * 10)
+    run_pipeline([novel], tmp_path / "run", **SMALL)
+    assert "documents of over 4,000 characters are cut at line ends" in capsys.readouterr().out
+    assert aigc_tf.read_run(tmp_path / "run")["data"]["documents"] == 1

@@ -180,3 +180,11 @@ def test_wrong_settings_are_said(build, documents, tokenizer):
     data = make_dataset(documents, tokenizer, T, 4, seed=0)
     with pytest.raises(ValueError, match="at least one held-out document"):
         train(build(tokenizer.vocab_size, T), data, tokenizer, [], steps=1)
+
+
+def test_data_that_lost_what_make_dataset_knows_is_said(build, documents, tokenizer, capsys):
+    data = make_dataset(documents, tokenizer, 8, 4, seed=0)
+    said = "train_data is not as make_dataset returned it"
+    for train_data, expected in ((data, False), (data.map(lambda x, y: (x, y)), True)):
+        train(build(tokenizer.vocab_size, 8), train_data, tokenizer, documents[:2], steps=1, validations=1)
+        assert (said in capsys.readouterr().out) == expected
