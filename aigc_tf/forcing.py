@@ -1,120 +1,281 @@
-"""Forcing: the words that a text must hold, and where they come."""
+"""Forcing: the words that a text must hold, and where they come.
+
+A word comes where the model finds it likeliest. To know where that is, the text is drafted to its end, and at the
+places of the draft the word is read whole, in rows beside it: log p(word | text before). The draft is kept up to the
+best place, the word follows, and the rest is drafted anew, with the next word. Of n missing words the first comes in
+the first n-th of a draft, so that there is room for all. Several texts are written in this way, and the one whose
+tokens the model finds likeliest on average is taken.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
+from .decoding import Decoder
 from .sampler import Sampler
-from .sampling import softmax
+from .sampling import log_softmax
+from .texts import Chance, Texts
 from .tokenizer import Tokenizer, complete_characters
 
-_WITHIN = 16  # tokens in which a forced word comes, where it is as likely everywhere
+CANDIDATES = 4  # texts written, of which one is taken
+_HORIZON = 64  # tokens that a draft looks ahead, and so within which a word comes
+_TRIALS = 2  # words that are read at a time beside a draft, each begun at another place
+_MANY_WORDS = 12  # of which not every order is tried
+
+
+class _Place(NamedTuple):
+    """A word in a draft: how many tokens stand before it, its tokens, those read, and the log-probability of these."""
+
+    before: int
+    ids: list[int]
+    num_read: int
+    score: float
+
+    @property
+    def average(self) -> float:
+        return self.score / self.num_read
+
+
+class _Candidate:
+    """A text on its way: what is kept of it, the words it lacks, and the newest draft of what follows."""
+
+    def __init__(self, begin: list[int], data: bytes, missing: dict[bytes, list[int]], row: int):
+        self.begin, self.prompt, self.missing, self.row = begin, data, missing, row
+        self.kept, self.written, self.log_probability, self.is_done = [], b"", 0.0, False
+
+    def start(self, room: int) -> None:
+        needed = sum(map(len, self.missing.values()))
+        self.spare = room - len(self.kept) - needed
+        self.limit = min(_HORIZON, self.spare)
+        self.draft, self.log_probabilities, self.data, self.half = [], [], b"", b""
+        self.places, self.best = [], -np.inf  # where words were read whole, and the highest score of these
+        self.trials = {}  # row -> `_Place`, where words are being read
+        self.is_drafting, self.has_ended, self.first_logits = True, False, None
+
+    def found(self, place: _Place) -> None:
+        self.places.append(place)
+        self.best = max(self.best, place.score)
 
 
 class Forcing:
-    """The forced words that one text still lacks, and when each begins.
-
-    A word begins where it is likely compared with the text so far, on the average within `_WITHIN` tokens;
-    at the latest when the room runs out. Until all have come the text does not end.
+    """Write texts that hold the forced words of a sampler.
 
     Args:
-        sampler: the sampler of the text.
+        sampler: the sampler.
         tokenizer: the tokenizer.
-        prompt: how the text begins.
-        max_new_tokens: how many tokens may be written.
+        max_new_tokens: how many tokens each text may have.
+        stop: the stop strings, as bytes: no word may complete one.
+
+    Attributes:
+        rows_of_a_text: how many rows of a decoder the texts need, each.
 
     Raises:
         ValueError: the words need more tokens than may be written.
     """
 
-    def __init__(self, sampler: Sampler, tokenizer: Tokenizer, prompt: str, max_new_tokens: int):
-        self._eos = tokenizer.EOS
-        self._banned = [word.encode("utf-8", "surrogatepass") for word in sampler.settings.banned]
+    rows_of_a_text = CANDIDATES * (1 + _TRIALS)
+
+    def __init__(self, sampler: Sampler, tokenizer: Tokenizer, max_new_tokens: int, stop: list[bytes] = ()):
+        self._sampler, self._room, self._stop = sampler, max_new_tokens, list(stop)
+        self._banned = [word.encode("utf-8", "surrogatepass") for word in sampler.settings.banned] + self._stop
         forced = sampler.settings.forced
-        self._missing = {
+        self._words = {
             word.encode("utf-8", "surrogatepass"): tokenizer.encode(word)
             for word in forced
             if not any(word in other for other in forced if other != word)  # which comes with the other
         }
-        if self._needed() > max_new_tokens:
-            raise ValueError(
-                f"The forced words need {self._needed()} tokens, got max_new_tokens {max_new_tokens}. Allow more."
-            )
-        self._bytes = data = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        self._beginning = [i for i, held in enumerate(data) if complete_characters(held)[1]]
-        self._not_continuing = [i for i, held in enumerate(data) if not (len(held) == 1 and 0x80 <= held[0] < 0xC0)]
-        self._text = prompt.encode("utf-8", "surrogatepass")
-        self._written = b""
-        self._half_written = b""
-        self._rest = []  # of the word begun
-        self._odds, self._num_odds, self._urge = 0.0, 0, 0.0
+        needed = sum(map(len, self._words.values()))
+        if needed > max_new_tokens:
+            raise ValueError(f"The forced words need {needed} tokens, got max_new_tokens {max_new_tokens}. Allow more.")
+        self._bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
 
-    def _needed(self) -> int:
-        return sum(map(len, self._missing.values()))
-
-    def constrain(self, logits: np.ndarray, steps_left: int) -> None:
-        """Leave those tokens that a forced word allows now: its own, where one begins or goes on.
+    def begin(
+        self, make_decoder: Callable[[int], Decoder], begins: list[list[int]], chance: Chance
+    ) -> list[tuple[int, list[int], float]]:
+        """Write texts until all words have come and some tokens beyond.
 
         Args:
-            logits: adjusted, (V,); those tokens that must not come get minus infinity, in place.
-            steps_left: how many tokens may be written, this one among them.
+            make_decoder: from a number of rows to a decoder.
+            begins: the ids that each text begins with.
+            chance: of `CANDIDATES` rows for each text.
+
+        Returns:
+            For each text the row of chance that it goes on with, the ids written, the last of them the end of document
+            if the text has ended, and the log-probability that the model gives to them.
         """
-        if not self._missing:
-            return
-        if not self._rest:
-            word = None if self._half_written else self._fitting_word(steps_left)
-            if word and (self._is_due(logits, self._missing[word][0]) or steps_left <= self._needed()):
-                self._rest = list(self._missing[word])
-        if not self._rest:
-            logits[self._eos] = -np.inf
-            if steps_left - self._needed() < 4:  # a character spelt in bytes takes up to 4
-                logits[self._not_continuing if self._half_written else self._beginning] = -np.inf
-                self._keep_words_possible(logits)
-            if np.isneginf(logits).all():
-                self._rest = list(next(iter(self._missing.values())))
-        if self._rest:
-            logits[:] = -np.inf
-            logits[self._rest.pop(0)] = 0
+        candidates = [
+            _Candidate(begin, b"".join(self._bytes[i] for i in begin), dict(self._words), row * CANDIDATES + i)
+            for row, begin in enumerate(begins)
+            for i in range(CANDIDATES)
+        ]
+        while unfinished := [candidate for candidate in candidates if not candidate.is_done]:
+            self._draft(make_decoder, unfinished, chance)
+            for candidate in unfinished:
+                self._keep(candidate)
+        of_each = [candidates[i : i + CANDIDATES] for i in range(0, len(candidates), CANDIDATES)]
+        taken = [max(those, key=lambda one: one.log_probability / max(1, len(one.kept))) for those in of_each]
+        return [(one.row, one.kept, one.log_probability) for one in taken]
 
-    def _fitting_word(self, steps_left: int) -> bytes | None:
-        """Return a word that there is room for and that completes no banned one; at best others may follow it."""
-        if order := self._order(self._text, list(self._missing)):
-            return order[0]
-        for word, ids in self._missing.items():
-            if len(ids) <= steps_left and self._fits(self._text, word):
-                return word
-        return None
+    def _draft(self, make_decoder, candidates: list[_Candidate], chance: Chance) -> None:
+        """Draft each text to its end, or as far as it looks ahead, and read the words beside it."""
+        each = 1 + _TRIALS
+        begins = [[*one.begin, *one.kept] for one in candidates for _ in range(each)]
+        written = [len(one.kept) for one in candidates for _ in range(each)]
+        decoder = make_decoder(len(begins))
+        texts = Texts(decoder, begins, written)
+        for one in candidates:
+            one.start(self._room)
+        next_tokens = dict.fromkeys(range(0, len(begins), each))
+        while next_tokens:
+            rows = sorted(next_tokens)
+            logits = texts.read(np.array(rows))
+            log_probabilities = dict(zip(rows, log_softmax(logits), strict=True))
+            logits = dict(zip(rows, logits, strict=True))
+            parents, next_tokens, drafting = np.arange(len(begins)), {}, []
+            for main, one in zip(range(0, len(begins), each), candidates, strict=True):
+                self._read_on(one, log_probabilities)
+                if one.is_drafting:
+                    new = self._new_trials(one, log_probabilities[main])
+                    self._begin_trials(one, new, main, parents)
+                    one.is_drafting = len(one.draft) < one.limit
+                    if one.is_drafting:
+                        drafting.append((main, one))
+                next_tokens.update({row: place.ids[place.num_read - 1] for row, place in one.trials.items()})
+            if (parents != np.arange(len(parents))).any():
+                texts.copy(parents)
+            if drafting:
+                mains = np.array([main for main, _ in drafting])
+                adjusted = self._sampler.adjust(np.stack([logits[main] for main in mains]), texts, mains)
+                steps = np.array([len(one.kept) + len(one.draft) for _, one in drafting])
+                uniforms = chance.take(np.array([one.row for _, one in drafting]), steps, 1)[:, 0]
+                for (main, one), token, allowed in zip(
+                    drafting, self._sampler.choose(adjusted, uniforms).tolist(), adjusted, strict=True
+                ):
+                    self._append(one, token, float(log_probabilities[main][token]), allowed)
+                    next_tokens[main] = token
+            if next_tokens:
+                rows = sorted(next_tokens)
+                texts.write(np.array(rows), np.array([next_tokens[row] for row in rows]))
+                ended = [main for main, one in drafting if not one.is_drafting]
+                next_tokens = {row: token for row, token in next_tokens.items() if row not in ended}
 
-    def _order(self, text: bytes, words: list[bytes]) -> list[bytes] | None:
-        """Return an order in which the words may follow a text and one another, or None."""
-        for word in words:
-            if self._fits(text, word):
-                others = self._order(text + word, [other for other in words if other != word])
-                if others is not None:
-                    return [word, *others]
-        return None if words else []
+    def _append(self, one: _Candidate, token: int, log_probability: float, allowed: np.ndarray) -> None:
+        """Add a token to a draft, and note the words that come with it."""
+        if not one.draft and self._banned:
+            one.first_logits = allowed
+        one.draft.append(token)
+        one.log_probabilities.append(log_probability)
+        data = self._bytes[token]
+        one.data += data
+        one.half = complete_characters(one.half + data)[1]
+        text = one.written + one.data
+        stopped = any(end in text[-len(end) - len(data) + 1 :] for end in self._stop)
+        one.has_ended = token == self._sampler.eos or stopped
+        one.is_drafting = not one.has_ended
+        for word in one.missing:
+            if word in text[-len(word) - len(data) + 1 :]:
+                one.found(_Place(len(one.draft), [], 0, 0.0))
+
+    # --- words beside a draft ---------------------------------------------------------------------------------
+
+    def _read_on(self, one: _Candidate, log_probabilities: dict[int, np.ndarray]) -> None:
+        """Take account of a token read of each word, and keep on with those likelier than one that is read whole."""
+        trials, one.trials = one.trials, {}
+        for row, place in trials.items():
+            score = place.score + float(log_probabilities[row][place.ids[place.num_read]])
+            place = place._replace(num_read=place.num_read + 1, score=score)
+            if score > one.best:
+                if place.num_read == len(place.ids):
+                    one.found(place)
+                else:
+                    one.trials[row] = place
+
+    def _new_trials(self, one: _Candidate, log_probabilities: np.ndarray) -> list[_Place]:
+        """Return the words that may come now and are not known to be less likely than at a place before."""
+        if one.half:
+            return []
+        trials, text = [], one.prompt + one.written + one.data
+        for word, ids in one.missing.items():
+            place = _Place(len(one.draft), ids, 1, float(log_probabilities[ids[0]]))
+            if place.score > one.best and self._may_come(one, text, word):
+                if len(ids) == 1:
+                    one.found(place)
+                else:
+                    trials.append(place)
+        return trials
+
+    def _begin_trials(self, one: _Candidate, new: list[_Place], main: int, parents: np.ndarray) -> None:
+        """Find rows for new trials: free ones, or those of trials less likely, token by token."""
+        for place in new:
+            free = [row for row in range(main + 1, main + 1 + _TRIALS) if row not in one.trials]
+            row = free[0] if free else min(one.trials, key=lambda row: one.trials[row].average)
+            if free or one.trials[row].average < place.average:
+                one.trials[row] = place
+                parents[row] = main
+
+    # --- what is kept ----------------------------------------------------------------------------------------
+
+    def _keep(self, one: _Candidate) -> None:
+        """Keep a draft up to a word, and the word; or all of it if no word is missing."""
+        kept, score = one.draft, 0.0
+        if one.missing:
+            end = len(one.draft) - one.has_ended  # what ends it comes after all words
+            first_part = [place for place in one.places if place.before <= end // len(one.missing)]
+            if first_part:
+                place = max(first_part, key=lambda place: place.score)
+            elif one.places:
+                place = min(one.places, key=lambda place: place.before)
+            else:
+                place = self._bridged(one)
+            kept, score = [*one.draft[: place.before], *place.ids], place.score
+            one.log_probability += sum(one.log_probabilities[: place.before]) + score
+        else:
+            one.log_probability += sum(one.log_probabilities)
+            one.is_done = True
+        one.kept = [*one.kept, *kept]
+        one.written = b"".join(self._bytes[i] for i in one.kept)
+        one.missing = {word: ids for word, ids in one.missing.items() if word not in one.written}
+
+    def _may_come(self, one: _Candidate, text: bytes, word: bytes) -> bool:
+        """Tell whether a word completes no banned one, and where room is for nothing else, the others may follow."""
+        if not self._fits(text, word):
+            return False
+        if not self._banned or len(one.draft) < one.spare:
+            return True
+        return self._can_follow(text + word, [other for other in one.missing if other != word])
 
     def _fits(self, text: bytes, word: bytes) -> bool:
         return not any(banned in text[max(0, len(text) - len(banned) + 1) :] + word for banned in self._banned)
 
-    def _keep_words_possible(self, logits: np.ndarray) -> None:
-        """Leave those tokens after which some word may come without completing a banned one."""
-        tail = self._text[-max(map(len, self._banned), default=0) :]
-        for i in np.flatnonzero(logits > -np.inf) if self._banned else ():
-            if not any(self._fits(tail + self._bytes[i], word) for word in self._missing):
-                logits[i] = -np.inf
+    def _can_follow(self, text: bytes, words: list[bytes]) -> bool:
+        """Tell whether words may follow a text and one another in some order; of very many, in the order they have."""
+        tail = max(map(len, self._banned))
 
-    def _is_due(self, logits: np.ndarray, first: int) -> bool:
-        probability = float(softmax(logits)[first])
-        self._odds, self._num_odds = self._odds + probability, self._num_odds + 1
-        self._urge += probability * self._num_odds / self._odds / _WITHIN if self._odds else 1 / _WITHIN
-        return self._urge >= 1
+        @functools.cache
+        def can_follow(text: bytes, words: tuple[bytes, ...]) -> bool:
+            those = words if len(words) <= _MANY_WORDS else words[:1]
+            return not words or any(
+                self._fits(text, word)
+                and can_follow((text + word)[-tail:], tuple(other for other in words if other != word))
+                for word in those
+            )
 
-    def note(self, token: int) -> None:
-        """Take account of the token written."""
-        data = self._bytes[token]
-        self._text, self._written = self._text + data, self._written + data
-        self._half_written = complete_characters(self._half_written + data)[1]
-        come = [word for word in self._missing if word in self._written]
-        for word in come:
-            del self._missing[word]
-        if come:
-            self._odds, self._num_odds, self._urge = 0.0, 0, 0.0
+        return can_follow(text[-tail:], tuple(words))
+
+    def _bridged(self, one: _Candidate) -> _Place:
+        """Return a word after a token that parts it from the text, where it would complete a banned one without.
+
+        If there is no room for such a token, or none there is, the first word comes all the same.
+        """
+        text = one.prompt + one.written
+        for token in np.argsort(-one.first_logits, kind="stable").tolist() if one.spare > 0 else ():
+            data = self._bytes[token]
+            if one.first_logits[token] == -np.inf:
+                break
+            if data and not complete_characters(data)[1] and "\ufffd" not in complete_characters(data)[0]:
+                for word, ids in one.missing.items():
+                    if self._fits(text + data, word):
+                        return _Place(0, [token, *ids], 0, 0.0)
+        return _Place(0, next(iter(one.missing.values())), 0, 0.0)

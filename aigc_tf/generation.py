@@ -1,24 +1,44 @@
 """Generation: generate(), generate_batch(), stream(): read the prompts, then choose and read a token at a time."""
 
+import difflib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from .beams import search_beams
-from .decoding import decoder
+from .decoding import Decoder, decoder
 from .engines import choose_engine
-from .forcing import Forcing
-from .sampler import Sampler, Settings, check_number, check_settings
+from .forcing import CANDIDATES, Forcing
+from .hardware import machine_bytes
+from .sampler import Sampler, Settings, check_number, check_settings, check_words
 from .sampling import log_softmax
-from .texts import Texts
+from .texts import Chance, Texts
 from .tokenizer import Tokenizer, check_vocabulary
+from .weights import LstmWeights, TransformerWeights
 
 
-def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> str:
+class Text(str):
+    """What was written: a `str`, the prompt and what follows it, which also tells how it came.
+
+    Attributes:
+        new: what was written, without the prompt.
+        ids: the tokens of that, with the end of document if the model ended the text.
+        finish_reason: "stop" if the model ended the text or a stop string came, "length" if the tokens ran out.
+        log_probability: the natural logarithm of the probability that the model itself, before all settings, gives to
+            `ids`; None if it was not asked for.
+    """
+
+    new: str = ""
+    ids: tuple[int, ...] = ()
+    finish_reason: str = "length"
+    log_probability: float | None = None
+
+
+def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> Text:
     """Write on from a prompt, until the model ends the document or `max_new_tokens` are written.
 
-    The model sees begin of document, the prompt and what it wrote. An LSTM carries its state on for ever. A
+    The model sees begin of document, the prompt and what it wrote. An LSTM's state has no limit of length. A
     Transformer whose context of T tokens is full goes on with the newest T / 2, which move to the first
     positions, and sees between T / 2 and T tokens from then on. Another `keras.Model` sees the newest T tokens.
 
@@ -33,6 +53,7 @@ def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> str:
         **settings: by name:
 
             max_new_tokens (100): how many tokens to write at the most.
+            stop (none): strings, or one, before which the text ends; none of them is in what is written.
             seed (None): makes the text repeatable; None takes another each time.
             temperature (0.8): 0 takes the likeliest token each time; below 1 is more careful than the model, above
             1 more daring.
@@ -50,14 +71,16 @@ def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> str:
             exempt (none): words that the penalties and the n-gram rule leave alone, each a token by itself, such
             as `aigc_tf.load_stopwords("cn")` and punctuation: 的 and ， repeat by right.
             banned (none): words that must not be written, however they are spelt in tokens.
-            forced (none): words that must be written; each comes where it is likely compared with the text before,
-            and at the latest when the tokens run out.
+            forced (none): words that must be written. Each comes where the model finds it likeliest as a whole, looking
+            64 tokens ahead, and before the end that the model expects; four texts are written for it, and the likeliest
+            is taken (with `best_of`, the likeliest of so many such). It takes some four to eight times as long.
             logit_bias (none): from a token (its text, or its id) to what is added to its logit; minus infinity
             bans it.
             best_of (1): write so many texts, and keep the one whose tokens the model finds likeliest on average.
-            num_beams (1): above 1, no chance: search for the likeliest text with so many texts kept at a time.
+            num_beams (1): above 1, deterministic: search for the likeliest text with so many texts kept at a time.
             length_penalty (1): of such texts the one with the highest log-probability over its number of tokens
             to this power is kept; more prefers longer texts.
+            log_probability (False): whether to tell the log-probability of what was written.
             engine ("auto"): what computes: "numba" (compiled for the CPU, in 16-bit whole numbers), "numpy", "device"
             (a loop on the device of Keras, such as a GPU), or "model" (the model itself, window by window, slowly).
             "auto" takes the device if it is a GPU or TPU and no words are banned or forced, else numba if it is there,
@@ -66,10 +89,13 @@ def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> str:
             engines round differently, so now and then another token is drawn.
 
     Returns:
-        `str`, the prompt and what was written. If the last token ends amidst a character, that is left out.
+        `Text`, a `str`: the prompt and what was written. If the last token ends amidst a character, that is left out.
+        Its attributes: `new`, what was written alone; `ids`, its tokens; `finish_reason`, "stop" or "length"; and
+        `log_probability`, of the model itself, a natural logarithm.
 
     Raises:
         ValueError: a setting is unknown or out of range, or model and tokenizer do not belong together.
+        TypeError: an argument is of another kind, such as a list for a prompt.
 
     Source:
         Of each way to choose, at its function in `sampling.py`; beam search after Y. Wu et al., "Google's neural
@@ -84,59 +110,58 @@ def generate_batch(
     prompts: list[str],
     *,
     max_new_tokens: int = 100,
+    stop: str | list[str] = (),
     seed: int | None = None,
     best_of: int = 1,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    log_probability: bool = False,
     engine: str = "auto",
     **sampling,
-) -> list[str]:
+) -> list[Text]:
     """Write on from several prompts at once; for several samples repeat a prompt.
 
-    Prompt i gives what `generate` gives alone with `seed + i`.
+    Prompt i gives what `generate` gives alone with `seed + i`. Of very many prompts, as many are written at a time as
+    fit into memory.
 
     Args:
         model: see `generate`.
         tokenizer: see `generate`.
         prompts: how each text begins, of any lengths.
         max_new_tokens: see `generate`; so many for each.
+        stop: see `generate`.
         seed: see `generate`.
         best_of: see `generate`.
         num_beams: see `generate`.
         length_penalty: see `generate`.
+        log_probability: see `generate`.
         engine: see `generate`.
         **sampling: see `generate`.
 
     Returns:
-        `list[str]`, each prompt and what was written.
+        `list[Text]`, each prompt and what was written.
 
     Raises:
         ValueError: see `generate`.
+        TypeError: see `generate`.
     """
-    settings = check_generation(max_new_tokens, seed, best_of, num_beams, length_penalty, **sampling)
-    max_new_tokens, best_of, num_beams = int(max_new_tokens), int(best_of), int(num_beams)
-    check_vocabulary(model, tokenizer)
-    if not prompts:
-        return []
-    num_rows = len(prompts) * best_of * num_beams
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be a list of texts, got {prompts!r}. For one text call generate.")
+    prompts = list(prompts)
+    _check_arguments(model, tokenizer, *prompts)
+    settings = check_generation(max_new_tokens, seed, best_of, num_beams, length_penalty, stop, **sampling)
     engine, source = choose_engine(model, engine, settings, num_beams)
-    sampler = Sampler(tokenizer, settings, compiled=engine == "numba")
-    forcings = _forcings(sampler, tokenizer, prompts, best_of, max_new_tokens)
-    begins = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts for _ in range(best_of * num_beams)]
-    if num_beams > 1:
-        texts = Texts(decoder(source, num_rows, engine), begins, max_new_tokens)
-        written = search_beams(texts, sampler, num_beams, max_new_tokens, length_penalty)
-    else:
-        log_probabilities = np.zeros(num_rows)
-        uniforms = _uniforms(len(prompts), best_of, max_new_tokens, seed)
-        steps = _write(engine, source, sampler, begins, forcings, uniforms, log_probabilities if best_of > 1 else None)
-        written = np.array([*steps], int).reshape(-1, num_rows).T
-        lengths = np.minimum(np.cumprod(written != tokenizer.EOS, axis=1).sum(axis=1) + 1, written.shape[1])
-        average = log_probabilities / np.maximum(1, lengths)
-        written = [written[i + average[i : i + best_of].argmax()] for i in range(0, num_rows, best_of)]
-    return [
-        prompt + "".join(tokenizer.decode_stream(ids, cut=True)) for prompt, ids in zip(prompts, written, strict=True)
-    ]
+    writer = _Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
+    seed = _seed(seed)
+    best_of, num_beams, written = int(best_of), int(num_beams), []
+    at_once = writer.num_texts_at_once(best_of * num_beams) if len(prompts) > 1 else 1
+    for first in range(0, len(prompts), at_once):
+        begins = [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts[first : first + at_once]]
+        if num_beams > 1:
+            written += writer.search(begins, num_beams, length_penalty, log_probability)
+        else:
+            written += writer.write(begins, seed + first, best_of, log_probability)
+    return [writer.text(prompt, *how) for prompt, how in zip(prompts, written, strict=True)]
 
 
 def stream(
@@ -145,13 +170,15 @@ def stream(
     prompt: str = "",
     *,
     max_new_tokens: int = 100,
+    stop: str | list[str] = (),
     seed: int | None = None,
     engine: str = "auto",
     **sampling,
 ) -> Iterator[str]:
     """Do what `generate` does, and give the text as it is written: the prompt, then whole characters.
 
-    Stop reading to stop the writing. Several streams may be read in turns, or by threads. `best_of` and
+    Stop reading to stop the writing. Several streams may be read in turns, or by threads. What may be the beginning of
+    a stop string is held back until that is known; with forced words the text comes when all are placed. `best_of` and
     `num_beams` know their text only at the end, and are refused.
 
     Args:
@@ -159,6 +186,7 @@ def stream(
         tokenizer: see `generate`.
         prompt: see `generate`.
         max_new_tokens: see `generate`.
+        stop: see `generate`.
         seed: see `generate`.
         engine: see `generate`.
         **sampling: see `generate`.
@@ -168,28 +196,29 @@ def stream(
 
     Raises:
         ValueError: see `generate`; raised at the call, before the first piece.
+        TypeError: see `generate`.
     """
-    if late := {"best_of", "num_beams", "length_penalty"} & set(sampling):
-        raise ValueError(
-            f"A stream shows its text at once, and {', '.join(sorted(late))} would know it only at the end."
-        )
-    settings = check_generation(max_new_tokens, seed, **sampling)
-    max_new_tokens = int(max_new_tokens)
-    check_vocabulary(model, tokenizer)
+    if late := {"best_of", "num_beams", "length_penalty", "log_probability"} & set(sampling):
+        raise ValueError(f"stream() does not support {', '.join(sorted(late))}, known only at the end. Call generate.")
+    _check_arguments(model, tokenizer, prompt)
+    settings = check_generation(max_new_tokens, seed, stop=stop, **sampling)
     engine, source = choose_engine(model, engine, settings)
-    sampler = Sampler(tokenizer, settings, compiled=engine == "numba")
-    forcings = _forcings(sampler, tokenizer, [prompt], 1, max_new_tokens)
-    uniforms = _uniforms(1, 1, max_new_tokens, seed)
+    writer = _Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
+    seed = _seed(seed)
 
     def pieces():
         yield prompt
-        steps = _write(engine, source, sampler, [[tokenizer.BOS, *tokenizer.encode(prompt)]], forcings, uniforms)
-        yield from tokenizer.decode_stream((int(ids[0]) for ids in steps), cut=True)
+        ids = writer.stream([tokenizer.BOS, *tokenizer.encode(prompt)], seed)
+        yield from _until(writer.stop, tokenizer.decode_stream(ids, cut=True))
 
     return pieces()
 
 
-_SEARCH_CANNOT_HEED = ("temperature", "top_k", "top_p", "min_p", "typical_p", "forced")
+_SETTINGS = (
+    "max_new_tokens", "stop", "seed", "best_of", "num_beams", "length_penalty", "log_probability", "engine",
+    *Settings._fields,
+)  # fmt: skip
+_NOT_FOR_BEAMS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "forced")
 
 
 def check_generation(
@@ -198,9 +227,14 @@ def check_generation(
     best_of: int = 1,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    stop: str | list[str] = (),
     **sampling,
 ) -> Settings:
-    """Refuse settings that mean nothing, and return those of sampling."""
+    """Refuse invalid settings of generation, and return those of sampling."""
+    for name in sampling.keys() - set(Settings._fields):
+        close = difflib.get_close_matches(name, _SETTINGS, 1)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"There is no setting {name!r}.{meant} There are {', '.join(_SETTINGS)}.")
     for name, number, least in (
         ("max_new_tokens", max_new_tokens, 0),
         ("best_of", best_of, 1),
@@ -211,68 +245,219 @@ def check_generation(
         check_number(name, number, lambda x, least=least: x >= least and x == int(x), words)
     check_number("length_penalty", length_penalty, lambda x: True, "a finite number")
     if num_beams > 1 and best_of > 1:
-        raise ValueError("Beam search leaves nothing to chance: give num_beams or best_of, not both.")
-    if num_beams > 1 and (given := [name for name in _SEARCH_CANNOT_HEED if name in sampling]):
-        raise ValueError(f"Beam search looks for the likeliest text and cannot heed {', '.join(given)}.")
-    return check_settings(**sampling)
+        raise ValueError("num_beams > 1 does not support best_of > 1: a search draws no samples. Give one of them.")
+    settings = check_settings(**sampling)
+    for name in _NOT_FOR_BEAMS if num_beams > 1 else ():
+        if name in sampling:
+            raise ValueError(f"num_beams > 1 does not support {name}: the search is deterministic. Leave one out.")
+    for word in settings.forced:
+        for end in check_words("stop", stop):
+            if end in word:
+                raise ValueError(f"{word!r} is forced and holds {end!r}, at which the text stops.")
+    return settings
 
 
-def _forcings(sampler, tokenizer, prompts, samples, max_new_tokens) -> list[Forcing]:
-    if not sampler.settings.forced:
-        return []
-    return [Forcing(sampler, tokenizer, prompt, max_new_tokens) for prompt in prompts for _ in range(samples)]
+def _check_arguments(model, tokenizer, *prompts) -> None:
+    """Refuse arguments of another kind, as they come where one is forgotten."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(f"The second argument must be the model's Tokenizer, got {tokenizer!r}.")
+    if not hasattr(model, "output_shape"):
+        raise TypeError(f"model must be a language model, got {model!r}. aigc_tf.load gives that of a run folder.")
+    check_vocabulary(model, tokenizer)
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            way = "For several prompts call generate_batch." if isinstance(prompt, list | tuple) else 'Without: "".'
+            raise TypeError(f"A prompt must be a text, got {prompt!r}. {way}")
 
 
-def _uniforms(num_prompts: int, samples: int, max_new_tokens: int, seed: int | None) -> np.ndarray:
-    """Draw the chance of all steps, (rows, steps), so that a text does not depend on those beside it."""
-    seed = int(np.random.default_rng().integers(2**31) if seed is None else seed)
-    seeds = [(seed + i, j) if j else seed + i for i in range(num_prompts) for j in range(samples)]
-    return np.array([np.random.default_rng(seed).random(max_new_tokens) for seed in seeds])
+def _seed(seed: int | None) -> int:
+    return int(np.random.default_rng().integers(2**31) if seed is None else seed)
 
 
-def _write(engine, source, sampler, begins, forcings, uniforms, log_probabilities=None) -> Iterator[np.ndarray]:
-    """Write on from the ids that the texts begin with, and give the ids of each step."""
-    if engine == "device":
-        from . import loop
+def _until(stop: tuple[str, ...], pieces: Iterable[str]) -> Iterator[str]:
+    """Give the pieces of a text until one of some strings comes, and hold back what may be the beginning of one."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        if places := [held.index(end) for end in stop if end in held]:
+            held = held[: min(places)]
+            break
+        open_ends = (size for end in stop for size in range(1, len(end)) if held.endswith(end[:size]))
+        known = len(held) - max(open_ends, default=0)
+        if known:
+            yield held[:known]
+            held = held[known:]
+    if held:
+        yield held
 
-        return loop.steps(source, sampler, begins, uniforms, log_probabilities=log_probabilities)
-    texts = Texts(decoder(source, len(begins), engine), begins, uniforms.shape[1])
-    return _steps(texts, sampler, forcings, uniforms, log_probabilities)
+
+_USUAL_BYTES = 4e9  # of memory, where the system does not tell how much is free
+
+
+def _bytes_of_a_text(source) -> int:
+    """Return about how much memory a text takes while it is written: cache or state, and logits."""
+    if isinstance(source, TransformerWeights):
+        return 8 * len(source.blocks) * source.position_embedding.size + 32 * len(source.token_embedding)
+    if isinstance(source, LstmWeights):
+        return 8 * sum(len(bias) for _, bias in source.layers) + 32 * len(source.token_embedding)
+    return 8 * source.input_shape[1] * source.output_shape[-1]  # the logits of a window
+
+
+class _Writer:
+    """What writes texts: an engine with the settings, and when a text is over."""
+
+    def __init__(self, tokenizer, engine, source, settings, max_new_tokens, stop):
+        self._tokenizer, self._engine, self._source = tokenizer, engine, source
+        self._sampler = Sampler(tokenizer, settings, compiled=engine == "numba")
+        self._max_new_tokens = int(max_new_tokens)
+        self.stop = check_words("stop", stop)
+        self._stop_bytes = [end.encode("utf-8", "surrogatepass") for end in self.stop]
+        self._forcing = None
+        if settings.forced:
+            self._forcing = Forcing(self._sampler, tokenizer, self._max_new_tokens, self._stop_bytes)
+
+    def num_texts_at_once(self, samples: int) -> int:
+        """Return how many texts of so many samples each are written at a time: in a half of the memory that is free."""
+        rows = samples * (Forcing.rows_of_a_text if self._forcing else 1)
+        free = machine_bytes() or _USUAL_BYTES
+        return max(1, int(free / 2 // (rows * _bytes_of_a_text(self._source))))
+
+    def write(self, begins, seed: int, samples: int, scored: bool) -> list[tuple[list[int], float | None]]:
+        """Write several samples after each of some beginnings, and return the ids of the likeliest and their score."""
+        each = samples * (CANDIDATES if self._forcing else 1)
+        chance = Chance([(seed + i, j) if j else seed + i for i in range(len(begins)) for j in range(each)])
+        begins = [begin for begin in begins for _ in range(samples)]
+        scores = np.zeros(len(begins))
+        rows, ids = self._begin(begins, chance, scores)
+        over = np.array([self._is_over(those) for those in ids])
+        steps = self._steps(begins, ids, chance, rows, over, scores if scored or samples > 1 else None)
+        for column in steps:
+            for row in np.flatnonzero(~over):
+                ids[row].append(int(column[row]))
+                over[row] = self._is_over(ids[row])
+        average = scores / np.maximum(1, list(map(len, ids)))
+        best = [i + int(average[i : i + samples].argmax()) for i in range(0, len(ids), samples)]
+        return [(ids[i], float(scores[i]) if scored else None) for i in best]
+
+    def stream(self, begin: list[int], seed: int) -> Iterator[int]:
+        """Write one text, and give its ids as they come."""
+        chance = Chance([(seed, j) if j else seed for j in range(CANDIDATES if self._forcing else 1)])
+        rows, (ids,) = self._begin([begin], chance, np.zeros(1))
+        yield from ids
+        over = np.array([self._is_over(ids)])
+        for column in self._steps([begin], [ids], chance, rows, over, None):
+            yield int(column[0])
+
+    def search(self, begins, num_beams: int, length_penalty: float, scored: bool) -> list:
+        """Search for the likeliest text after each of some beginnings, and return its ids and their score."""
+        texts = Texts(self._decoder(len(begins) * num_beams), [begin for begin in begins for _ in range(num_beams)])
+        is_stopped = self._is_stopped if self.stop else None
+        found = search_beams(texts, self._sampler, num_beams, self._max_new_tokens, length_penalty, is_stopped)
+        return list(zip(found, self._scores(begins, found) if scored else [None] * len(found), strict=True))
+
+    def _scores(self, begins, written: list[list[int]]) -> list[float]:
+        """Compute the log-probabilities that the model itself gives to what was written."""
+        texts, scores = Texts(self._decoder(len(begins)), begins), np.zeros(len(begins))
+        for step in range(max(map(len, written))):
+            rows = np.array([row for row, ids in enumerate(written) if step < len(ids)])
+            ids = np.array([written[row][step] for row in rows])
+            scores[rows] += log_softmax(texts.read(rows))[np.arange(len(rows)), ids]
+            texts.write(rows, ids)
+        return scores.tolist()
+
+    def text(self, prompt: str, ids: list[int], log_probability: float | None) -> Text:
+        """Make the result of what was written after a prompt."""
+        new = "".join(_until(self.stop, self._tokenizer.decode_stream(ids, cut=True)))
+        text = Text(prompt + new)
+        text.new, text.ids, text.log_probability = new, tuple(ids), log_probability
+        text.finish_reason = "stop" if self._is_stopped(ids) else "length"
+        return text
+
+    def _decoder(self, num_rows: int) -> Decoder:
+        return decoder(self._source, num_rows, self._engine)
+
+    def _is_stopped(self, ids: list[int]) -> bool:
+        """Tell whether the last token ended the document, or completed a stop string."""
+        if not ids or ids[-1] == self._tokenizer.EOS:
+            return bool(ids)
+        longest = max(map(len, self._stop_bytes), default=0)
+        data = b"".join(map(self._tokenizer.token_bytes, ids[-longest:] if longest else ()))
+        return any(end in data for end in self._stop_bytes)
+
+    def _is_over(self, ids: list[int]) -> bool:
+        return len(ids) >= self._max_new_tokens or self._is_stopped(ids)
+
+    def _begin(self, begins, chance, scores) -> tuple[np.ndarray, list[list[int]]]:
+        """Write what must come first: forced words and what is before; return the row of chance and the ids of each."""
+        if self._forcing is None:
+            return np.arange(len(begins)), [[] for _ in begins]
+        rows, ids, scores[:] = zip(*self._forcing.begin(self._decoder, begins, chance), strict=True)
+        return np.array(rows), list(ids)
+
+    def _steps(self, begins, ids, chance, rows, over, scores) -> Iterator[np.ndarray]:
+        """Write on, and give the ids of each step, (rows,); no more to a text once it is marked as over."""
+        if self._engine == "device":
+            from . import loop
+
+            limit = self._max_new_tokens
+            return loop.steps(self._source, self._sampler, begins, chance, limit, over, log_probabilities=scores)
+        written = [len(those) for those in ids]
+        begins = [[*begin, *those] for begin, those in zip(begins, ids, strict=True)]
+        texts = Texts(self._decoder(len(begins)), begins, written)
+        return write_on(texts, self._sampler, chance, self._max_new_tokens, over, scores, rows, np.array(written))
 
 
 _SECONDS_AT_A_TIME = 0.02  # that compiled code may write before the reader of a stream sees it
 
 
-def _steps(texts, sampler, forcings, uniforms, log_probabilities=None) -> Iterator[np.ndarray]:
-    """Write the texts, and give the ids of each step, (rows,), the end of document for a text that has ended.
+def write_on(
+    texts: Texts,
+    sampler: Sampler,
+    chance: Chance,
+    max_new_tokens: int,
+    over: np.ndarray,
+    log_probabilities: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
+    written: np.ndarray | int = 0,
+) -> Iterator[np.ndarray]:
+    """Write texts on, and give the ids of each step, the end of document where nothing was written.
 
-    Where `log_probabilities` (rows,) is given, those that the model itself gives to the tokens are added to it.
+    Args:
+        texts: the texts.
+        sampler: what chooses.
+        chance: what it draws with.
+        max_new_tokens: how many tokens each may have.
+        over: `bool (rows,)`, which texts are not written on; whoever reads the steps may mark more.
+        log_probabilities: where given, those that the model itself gives to the tokens are added to it, (rows,).
+        rows: the row of chance of each text; None for the same.
+        written: how many tokens each has already.
+
+    Returns:
+        An iterator over `int64 (rows,)`.
     """
-    going, step, at_a_time = np.arange(len(uniforms)), 0, 1
-    at_once = not forcings and not sampler.depends_on_text
-    while step < uniforms.shape[1] and len(going):
-        if at_once and log_probabilities is None and (room := texts.can_write_on(going)):
+    rows = np.arange(len(over)) if rows is None else rows
+    written = np.broadcast_to(written, over.shape).copy()
+    has_ended, at_a_time = over | (written >= max_new_tokens), 1
+    while len(going := np.flatnonzero(~(over | has_ended))):
+        room = texts.can_write_on(going) if log_probabilities is None and not sampler.depends_on_text else 0
+        if room:
+            steps = min(room, at_a_time, max_new_tokens - int(written[going].max()))
             began = time.perf_counter()
-            ids = texts.write_on(going, uniforms[going, step : step + min(room, at_a_time)], sampler)
+            ids = texts.write_on(going, chance.take(rows[going], written[going], steps), sampler)
             at_a_time = 2 * at_a_time if time.perf_counter() - began < _SECONDS_AT_A_TIME / 2 else (at_a_time + 1) // 2
         else:
-            logits = texts.read(going)
-            if at_once:
-                ids = sampler.choose_at_once(logits, uniforms[going, step])
+            logits, uniforms = texts.read(going), chance.take(rows[going], written[going], 1)[:, 0]
+            if sampler.depends_on_text:
+                ids = sampler.choose(sampler.adjust(logits, texts, going), uniforms)
             else:
-                adjusted = sampler.adjust(logits, texts, going)
-                for i, row in enumerate(going if forcings else ()):
-                    forcings[row].constrain(adjusted[i], uniforms.shape[1] - step)
-                ids = sampler.choose(adjusted, uniforms[going, step])
-                for i, row in enumerate(going if forcings else ()):
-                    forcings[row].note(int(ids[i]))
+                ids = sampler.choose_at_once(logits, uniforms)
             if log_probabilities is not None:
                 log_probabilities[going] += log_softmax(logits)[np.arange(len(going)), ids]
             texts.write(going, ids)
             ids = ids[:, None]
         for column in ids.T:
-            of_all = np.full(len(uniforms), sampler.eos)
+            of_all = np.full(len(over), sampler.eos)
             of_all[going] = np.where(column >= 0, column, sampler.eos)
             yield of_all
-        step += ids.shape[1]
-        going = going[(ids[:, -1] >= 0) & (ids[:, -1] != sampler.eos)]
+        written[going] += ids.shape[1]
+        has_ended[going] = (ids[:, -1] < 0) | (ids[:, -1] == sampler.eos) | (written[going] >= max_new_tokens)

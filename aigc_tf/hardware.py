@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .devices import gpu_bytes_in_use, uses_gpu
-
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 _POWERCAP = Path("/sys/class/powercap")
@@ -18,9 +16,16 @@ def available_bytes() -> float | None:
 
     None where the system does not tell: it is told of Linux and Windows.
     """
+    from .devices import gpu_bytes_in_use, uses_gpu
+
     if uses_gpu() and (sizes := _nvidia_smi("memory.total")):
         # Not what the tool calls free: TensorFlow and JAX take nearly all of it when they start, and share it out.
         return min(sizes) * 2**20 - gpu_bytes_in_use()
+    return machine_bytes()
+
+
+def machine_bytes() -> float | None:
+    """Find how much memory of this machine is free, or of the container that this process is in; None if not told."""
     if sys.platform == "win32":
         return _windows_bytes()
     kilobytes = _kilobytes(_PROC / "meminfo", "MemAvailable")
@@ -63,6 +68,8 @@ def processor_joules(folder: Path = _POWERCAP) -> float | None:
 
 def gpu_watts() -> float | None:
     """Read the power that all GPUs of this machine draw now, None if none is in use or the driver does not tell."""
+    from .devices import uses_gpu
+
     readings = _nvidia_smi("power.draw") if uses_gpu() else []
     return sum(readings) if readings else None
 

@@ -38,7 +38,7 @@ def show(*streams: Iterator[str]) -> list[str]:
 
 
 def printable(text: str, file=None) -> str:
-    """Return a text for a file such as standard output, the default: where that is a terminal, without commands to it."""
+    """Return a text for a file, by default standard output: where that is a terminal, without commands to it."""
     return _COMMANDS.sub("\ufffd", text) if (file or sys.stdout).isatty() else text
 
 

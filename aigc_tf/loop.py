@@ -20,18 +20,22 @@ import numpy as np
 from . import sampling
 from .devices import compiled, keras
 from .sampler import NOT_FINITE, Sampler, Settings
+from .texts import Chance
 from .weights import LstmWeights, TransformerWeights
 
 ops = keras.ops
 
 _NO_NUMBER = -2  # instead of a token, where logits are not finite
+_FIRST_COLUMNS = 1024  # of the text of ids, which grows
 
 
 def steps(
     weights: TransformerWeights | LstmWeights,
     sampler: Sampler,
     prompts: list[list[int]],
-    uniforms: np.ndarray,
+    chance: Chance,
+    max_new_tokens: int,
+    over: np.ndarray,
     *,
     chunk: int = 16,
     dtype: str = "float32",
@@ -43,7 +47,9 @@ def steps(
         weights: of the model; they are moved to the device once, and stay there while they exist.
         sampler: one without banned or forced words: the loop knows tokens, not how words are spelt in them.
         prompts: the ids that each text begins with, at least one.
-        uniforms: the chance of all steps, float (rows, steps), uniform in [0, 1).
+        chance: the numbers to draw with, of as many rows.
+        max_new_tokens: how many tokens each text may have.
+        over: `bool (rows,)`, which texts are not written on; whoever reads the steps may mark more.
         chunk: how many tokens of each text the device writes before they are shown.
         dtype: of weights and cache, "float32" or "bfloat16"; tokens are chosen in float32.
         log_probabilities: where given, float (rows,), those that the model itself gives to the tokens are added to it.
@@ -51,20 +57,20 @@ def steps(
     Returns:
         An iterator over ids, `int64 (rows,)`.
     """
-    num_rows, num_steps = uniforms.shape
+    num_rows = len(prompts)
     num_padded = _power_of_two(num_rows)
     now = longest = max(map(len, prompts))
-    end = longest + num_steps
-    text = np.full((num_padded, end), -1, np.int32)
+    end = longest + max_new_tokens
+    # The rule of repeated n-grams keeps all of the text on the device; else columns are added as they are written.
+    columns = end if sampler.settings.no_repeat_ngram is not None else min(end, longest + _FIRST_COLUMNS)
+    text = np.full((num_padded, columns), -1, np.int32)
     starts = np.full(num_padded, longest)
     for row, prompt in enumerate(prompts):
         starts[row] -= len(prompt)
         text[row, starts[row] : longest] = prompt
     going = np.arange(num_padded) < num_rows
     unread = going.copy()  # from their start on
-    chance = np.zeros((num_padded, num_steps + chunk), np.float32)
-    # Rounded to float32 a number could become 1, at which nothing is drawn.
-    chance[:num_rows, :num_steps] = np.minimum(uniforms, np.nextafter(np.float32(1), np.float32(0)))
+    going[:num_rows] &= ~over
 
     limit = np.inf if isinstance(weights, LstmWeights) else len(weights.position_embedding)
     s = sampler.settings
@@ -84,18 +90,25 @@ def steps(
             unread[:] = False
         # At the furthest to the token that is too much for a row; it is read anew before its logits are used.
         until = min(end, now + chunk, starts[going].min() + limit + 1)
-        arrays = chance[:, now - longest :][:, :chunk], going, *_int32(starts, now, until - now)
+        uniforms = np.zeros((num_padded, chunk), np.float32)
+        # Rounded to float32 a number could become 1, at which nothing is drawn.
+        drawn = chance.take(np.arange(num_rows), now - longest, chunk)
+        uniforms[:num_rows] = np.minimum(drawn, np.nextafter(np.float32(1), np.float32(0)))
+        arrays = uniforms, going, *_int32(starts, now, until - now)
         state, ids, scores = compiled(_write, rules)(on_device, state, settings, *map(ops.convert_to_tensor, arrays))
         ids, scores = ops.convert_to_numpy(ids), ops.convert_to_numpy(scores)
         if (ids == _NO_NUMBER).any():
             raise ValueError(NOT_FINITE)
+        if until > text.shape[1]:
+            text = np.pad(text, ((0, 0), (0, max(chunk, text.shape[1]))), constant_values=-1)
         for i in range(until - now):
+            going[:num_rows] &= ~over
             if not going.any():
                 return
             text[:, now] = ids[:, i]
             now += 1
             if log_probabilities is not None:
-                log_probabilities += scores[:num_rows, i]
+                log_probabilities += np.where(over, 0, scores[:num_rows, i])
             yield ids[:num_rows, i].astype(np.int64)
             going &= ids[:, i] != sampler.eos
 

@@ -81,11 +81,9 @@ def check_settings(**sampling) -> Settings:
     if given["temperature"] < _COLDEST:
         given["temperature"] = 0.0
     for name in ("exempt", "banned", "forced"):
-        words = given[name]
-        if not isinstance(words, str) and isinstance(words, Iterable):
-            given[name] = words = tuple(words)
-        if not isinstance(words, tuple) or not all(isinstance(word, str) and word for word in words):
-            raise ValueError(f"{name} must be a list of words, none of them empty, got {_shown(words)}.")
+        if isinstance(given[name], str):
+            raise ValueError(f"{name} must be a list of words, none of them empty, got {given[name]!r}.")
+        given[name] = check_words(name, given[name])
     for word in given["forced"]:
         if contained := [other for other in given["banned"] if other in word]:
             raise ValueError(f"{word!r} is forced and holds {contained[0]!r}, which is banned.")
@@ -98,15 +96,19 @@ def _at_least_1(x) -> bool:
     return x >= 1 and x == int(x)
 
 
-def _shown(words) -> str:
-    return repr(list(words) if isinstance(words, tuple) else words)
+def check_words(name: str, words) -> tuple[str, ...]:
+    """Refuse what is no list of words, and return them; a single one may stand for itself."""
+    given = [words] if isinstance(words, str) else list(words) if isinstance(words, Iterable) else words
+    if not isinstance(given, list) or not all(isinstance(word, str) and word for word in given):
+        raise ValueError(f"{name} must be a list of words, none of them empty, got {given!r}.")
+    return tuple(given)
 
 
 def check_number(name: str, value, rule, words: str) -> None:
     """Refuse what is no finite number, or breaks a rule."""
     try:
         fits = math.isfinite(value) and rule(value)
-    except TypeError:
+    except (TypeError, OverflowError):  # no number, or a whole one beyond all others
         fits = False
     if not fits:
         raise ValueError(f"{name} must be {words}, got {value!r}.")
@@ -182,8 +184,7 @@ class Sampler:
             counts = np.where(self.exempt, 0, sampling.count_tokens(ids, vocab_size))
             logits = sampling.penalize_repetition(logits, counts, s.repetition_penalty)
         if s.presence_penalty or s.frequency_penalty:
-            written = ids[:, ids.shape[1] - texts.num_written :]
-            counts = np.where(self.exempt, 0, sampling.count_tokens(written, vocab_size))
+            counts = np.where(self.exempt, 0, sampling.count_tokens(texts.written(rows), vocab_size))
             logits = sampling.penalize_counts(logits, counts, s.presence_penalty, s.frequency_penalty)
         return logits
 

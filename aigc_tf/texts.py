@@ -1,8 +1,32 @@
-"""Texts being written: class Texts, a batch of them with what a decoder has read of each."""
+"""Texts being written: class Texts, a batch of them with what a decoder has read of each, and class Chance."""
 
 import numpy as np
 
 from .decoding import Decoder
+
+
+class Chance:
+    """The numbers that texts are drawn with: a sequence for each row, drawn as far as it is asked for.
+
+    Args:
+        seeds: of each row.
+    """
+
+    def __init__(self, seeds: list):
+        self._generators = [np.random.default_rng(seed) for seed in seeds]
+        self._drawn = np.empty((len(seeds), 0))
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def take(self, rows: np.ndarray, first: np.ndarray | int, count: int) -> np.ndarray:
+        """Return the numbers from `first` on of some rows, uniform in [0, 1), `float64 (len(rows), count)`."""
+        until = int(np.max(first, initial=0)) + count
+        if until > self._drawn.shape[1]:
+            more = max(until, 2 * self._drawn.shape[1], 64) - self._drawn.shape[1]
+            new = [generator.random(more) for generator in self._generators]
+            self._drawn = np.concatenate([self._drawn, np.reshape(new, (len(self), more))], axis=1)
+        return self._drawn[np.asarray(rows)[:, None], np.reshape(first, (-1, 1)) + np.arange(count)]
 
 
 class Texts:
@@ -13,22 +37,23 @@ class Texts:
 
     Args:
         decoder: of as many rows as there are texts.
-        prompts: the ids that each begins with, at least one.
-        max_new_tokens: how many tokens will be written at the most.
+        begins: the ids that each begins with, at least one.
+        num_written: how many of these were written before, and are not its prompt; None for none.
 
     Attributes:
-        ids: `int32 (rows, longest prompt + max_new_tokens)`, -1 where there is no token.
+        ids: `int32 (rows, columns)`, -1 where there is no token; it grows as texts are written.
         now: the column that is written next.
     """
 
-    def __init__(self, decoder: Decoder, prompts: list[list[int]], max_new_tokens: int):
+    def __init__(self, decoder: Decoder, begins: list[list[int]], num_written: list[int] | None = None):
         self._decoder = decoder
-        self._longest = self.now = max(map(len, prompts), default=0)
-        self.ids = np.full((len(prompts), self.now + max_new_tokens), -1, np.int32)
-        for row, prompt in enumerate(prompts):
-            self.ids[row, self.now - len(prompt) : self.now] = prompt
-        self._start = np.array([self.now - len(prompt) for prompt in prompts], np.int64)  # the column of position 0
+        self.now = max(map(len, begins), default=0)
+        self.ids = np.full((len(begins), self.now + 64), -1, np.int32)
+        for row, begin in enumerate(begins):
+            self.ids[row, self.now - len(begin) : self.now] = begin
+        self._start = np.array([self.now - len(begin) for begin in begins], np.int64)  # the column of position 0
         self._read = self._start.copy()  # the first column that the decoder has not read
+        self._first_written = self.now - np.array(num_written or [0] * len(begins), np.int64)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Read what is new in some rows, which rise, and return the logits after it, (len(rows), V)."""
@@ -55,6 +80,7 @@ class Texts:
         positions = self.now - 1 - self._start[rows]
         ids = sampler.check_numbers(self._decoder.write(rows, positions, newest, uniforms, sampler.choosing))
         ids = ids[:, (ids >= 0).any(0)]
+        self._grow(ids.shape[1])
         self.ids[rows, self.now : self.now + ids.shape[1]] = ids
         self.now += ids.shape[1]
         self._read[rows] = self.now - 1
@@ -62,24 +88,28 @@ class Texts:
 
     def write(self, rows: np.ndarray, ids: np.ndarray) -> None:
         """Add a token to some rows; the others have ended."""
+        self._grow(1)
         self.ids[rows, self.now] = ids
         self.now += 1
 
+    def _grow(self, num_columns: int) -> None:
+        """Make room for more columns, twice as many as there are: so that a column is copied but once on average."""
+        if self.now + num_columns > self.ids.shape[1]:
+            more = max(num_columns, self.ids.shape[1])
+            self.ids = np.pad(self.ids, ((0, 0), (0, more)), constant_values=-1)
+
     def copy(self, parents: np.ndarray) -> None:
         """Let each row go on from the text of the row named."""
-        self.ids, self._start, self._read = self.ids[parents], self._start[parents], self._read[parents]
+        for name in ("ids", "_start", "_read", "_first_written"):
+            setattr(self, name, getattr(self, name)[parents])
         self._decoder.copy(parents)
 
     def so_far(self, rows: np.ndarray) -> np.ndarray:
         """Return the texts of some rows, prompt and written, `int32 (len(rows), now)`."""
         return self.ids[rows, : self.now]
 
-    @property
-    def num_written(self) -> int:
-        """How many tokens have been written to the texts that have not ended."""
-        return self.now - self._longest
-
-    def written(self, row: int) -> list[int]:
-        """Return the ids written to a row."""
-        ids = self.ids[row, self._longest : self.now]
-        return ids[ids >= 0].tolist()
+    def written(self, rows: np.ndarray) -> np.ndarray:
+        """Return what was written to some rows, -1 elsewhere, `int32 (len(rows), as many columns as need be)`."""
+        first = int(self._first_written[rows].min(initial=self.now))
+        columns = np.arange(first, self.now)
+        return np.where(columns >= self._first_written[rows, None], self.ids[rows, first : self.now], -1)

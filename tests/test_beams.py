@@ -40,10 +40,10 @@ def search(model, prompts, num_beams, max_new_tokens, length_penalty=1.0, kind="
     else:
         decoder = decoding.decoder(model, len(prompts) * num_beams, "numba" if kind == "compiled" else "numpy")
     ids = [[BOS, *TOKENIZER.encode(prompt)] for prompt in prompts for _ in range(num_beams)]
-    texts = Texts(decoder, ids, max_new_tokens)
+    texts = Texts(decoder, ids)
     sampler = Sampler(TOKENIZER, check_settings(**settings))
     found = search_beams(texts, sampler, num_beams, max_new_tokens, length_penalty)
-    return ["".join(TOKENIZER.decode_stream(ids, cut=True)) for ids in found], texts.num_written
+    return ["".join(TOKENIZER.decode_stream(ids, cut=True)) for ids in found], texts.now - max(map(len, ids))
 
 
 def log_probabilities(model, texts, bias):
@@ -223,4 +223,11 @@ def test_beams_go_on_from_their_own_texts():
 )
 def test_settings_that_a_search_cannot_heed_are_said(settings):
     message = message_of(ValueError, generate, table_model(TOKENIZER, {}), TOKENIZER, num_beams=2, **settings)
-    assert message == f"Beam search looks for the likeliest text and cannot heed {next(iter(settings))}."
+    assert f"num_beams > 1 does not support {next(iter(settings))}" in message
+
+
+@pytest.mark.parametrize("length_penalty", [400.0, 1e300, -400.0])
+def test_a_length_penalty_may_be_of_any_size(length_penalty):
+    model = table_model(TOKENIZER, {BOS: TOKENIZER.encode("白日"), **dict.fromkeys(TOKENIZER.encode("白"), EOS)})
+    text = generate(model, TOKENIZER, num_beams=3, max_new_tokens=12, length_penalty=length_penalty)
+    assert text == ("" if length_penalty < 0 else text[:1] or "nothing")  # the shortest, or one of the longest

@@ -4,7 +4,7 @@ import random
 import pytest
 from conftest import message_of
 
-from aigc_tf import estimate, estimation, hardware, memory_warning
+from aigc_tf import devices, estimate, estimation, hardware, memory_warning
 from aigc_tf.estimation import describe
 from aigc_tf.hardware import _container_bytes, available_bytes, gpu_watts, process_bytes, processor_joules
 from aigc_tf.models import build
@@ -145,8 +145,8 @@ def test_the_gpu_is_asked_through_its_driver(tmp_path, proc, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     assert gpu_watts() is None  # none is in use
-    monkeypatch.setattr(hardware, "uses_gpu", lambda: True)
-    monkeypatch.setattr(hardware, "gpu_bytes_in_use", lambda: 2**20)
+    monkeypatch.setattr(devices, "uses_gpu", lambda: True)
+    monkeypatch.setattr(devices, "gpu_bytes_in_use", lambda: 2**20)
     assert gpu_watts() == 121.5
     assert available_bytes() == 39 * 2**20
     tool.write_text("#!/bin/sh\necho '[N/A]'\n")

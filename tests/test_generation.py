@@ -1,5 +1,7 @@
 import itertools
+import pickle
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from aigc_tf import Tokenizer, generate, generate_batch, generation, kneser_ney,
 from aigc_tf.decoding import decoder
 from aigc_tf.devices import keras
 from aigc_tf.sampler import Sampler, check_settings
-from aigc_tf.texts import Texts
+from aigc_tf.texts import Chance, Texts
 
 T = 48
 
@@ -108,8 +110,8 @@ def test_padding_and_begin_are_never_written(tokenizer):
     for layer in flat.layers[1:]:
         layer.embeddings.assign(np.zeros(layer.embeddings.shape, np.float32))
     sampler = Sampler(tokenizer, check_settings(temperature=1.0, top_p=None))
-    texts = Texts(decoder(flat, 400, "numpy"), [[tokenizer.BOS]] * 400, 4)
-    for ids in aigc_tf.generation._steps(texts, sampler, [], np.random.default_rng(0).random((400, 4))):
+    texts = Texts(decoder(flat, 400, "numpy"), [[tokenizer.BOS]] * 400)
+    for ids in generation.write_on(texts, sampler, Chance(list(range(400))), 4, np.zeros(400, bool)):
         assert not {tokenizer.PAD, tokenizer.BOS} & set(ids.tolist())
         assert len(set(ids.tolist())) > 100
 
@@ -166,7 +168,8 @@ def test_best_of_is_the_likeliest_of_the_texts_of_its_seeds(model, tokenizer):
     for best_of, seed in ((2, 0), (5, 1)):
         expected = []
         for i, prompt in enumerate(prompts):
-            chances = generation._uniforms(1, best_of, 12, seed + i)
+            seeds = [seed + i, *((seed + i, j) for j in range(1, best_of))]
+            chances = [np.random.default_rng(seed).random(12) for seed in seeds]
             texts = [write_by_hand(model, tokenizer, prompt, u, 1.5, 0.95, eos_bias=5.0) for u in chances]
             assert texts[0][0] == generate(model, tokenizer, prompt, seed=seed + i, **settings)
             lengths.update(len(tokenizer.encode(text)) - len(tokenizer.encode(prompt)) for text, _ in texts)
@@ -199,16 +202,6 @@ def test_best_of_asks_the_model_and_not_the_settings():
     # What the settings prefer, 日 and after it 山, comes more often, but the model finds 白 likelier.
     for preferring in ({"logit_bias": {"日": 2.0, "山": 2.0}}, {"presence_penalty": -2.0, "logit_bias": {"日": 2.0}}):
         assert generate(model, tokenizer, **settings, **preferring) == "白"
-
-
-def test_no_two_texts_share_their_chance():
-    uniforms = generation._uniforms(3, 4, 5, seed=7)
-    assert uniforms.shape == (12, 5)
-    assert len(np.unique(uniforms)) == 60
-    # The first of each prompt is that of its seed alone.
-    for i in range(3):
-        np.testing.assert_array_equal(uniforms[4 * i], np.random.default_rng(7 + i).random(5))
-    assert (generation._uniforms(2, 1, 5, None) != generation._uniforms(2, 1, 5, None)).all()
 
 
 def test_prompts_of_very_different_lengths_do_not_touch_each_other(model, tokenizer, engine):
@@ -346,14 +339,14 @@ def test_a_stream_may_be_left(model, tokenizer):
 def test_a_stream_shows_each_character_before_the_next_is_chosen(tokenizer):
     a, b = tokenizer.encode("白日")
     # So a stream of more than would ever be written begins at once.
-    pieces = stream(table_model(tokenizer, {a: b, b: a}), tokenizer, "白", max_new_tokens=10**6, seed=0)
+    pieces = stream(table_model(tokenizer, {a: b, b: a}), tokenizer, "白", max_new_tokens=10**11, seed=0)
     assert list(itertools.islice(pieces, 4)) == ["白", "日", "白", "日"]
 
 
 @pytest.mark.parametrize("name", ["best_of", "num_beams", "length_penalty"])
 def test_a_stream_refuses_what_is_known_only_at_the_end(tokenizer, name):
     message = message_of(ValueError, stream, table_model(tokenizer, {}), tokenizer, "白", **{name: 2})
-    assert message == f"A stream shows its text at once, and {name} would know it only at the end."
+    assert message == f"stream() does not support {name}, known only at the end. Call generate."
 
 
 def test_a_text_never_ends_in_half_a_character():
@@ -393,7 +386,7 @@ def test_however_a_text_is_asked_for_its_end_is_the_same(ends):
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1.*, got 1.5"),
         ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of at least 0, got -1"),
         ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number of at least 0, got 1.5"),
-        ({"nonsense": 1}, "Settings of sampling are temperature, .*; got nonsense"),
+        ({"nonsense": 1}, "There is no setting 'nonsense'. There are max_new_tokens, .*logit_bias"),
     ],
 )
 def test_settings_that_mean_nothing_are_said(tokenizer, settings, message):
@@ -413,7 +406,10 @@ def test_settings_that_mean_nothing_are_said(tokenizer, settings, message):
         ({"num_beams": 0}, "num_beams must be a whole number of at least 1, got 0."),
         ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan."),
         ({"length_penalty": -float("inf")}, "length_penalty must be a finite number, got -inf."),
-        ({"num_beams": 2, "best_of": 2}, "Beam search leaves nothing to chance: give num_beams or best_of, not both."),
+        (
+            {"num_beams": 2, "best_of": 2},
+            "num_beams > 1 does not support best_of > 1: a search draws no samples. Give one of them.",
+        ),
     ],
 )
 def test_settings_of_a_search_that_mean_nothing_are_said(tokenizer, settings, expected):
@@ -459,3 +455,148 @@ def test_a_whole_number_may_be_a_float(tokenizer):
             other = {name: kind(value) for name, value in settings.items()}
             expected = generate(model, tokenizer, "白", seed=1, **settings)
             assert generate(model, tokenizer, "白", seed=np.int64(1), **other) == expected
+
+
+def test_a_text_tells_what_is_new_and_why_it_ended(tokenizer):
+    a, b, c = tokenizer.encode("白日依")
+    model = table_model(tokenizer, {tokenizer.BOS: a, a: b, b: c})
+    text = generate(model, tokenizer, "白", seed=0, log_probability=True)
+    assert (text, text.new, text.ids, text.finish_reason) == ("白日依", "日依", (b, c, tokenizer.EOS), "stop")
+    assert text.log_probability == pytest.approx(0, abs=1e-3)
+    text = generate(model, tokenizer, "白", max_new_tokens=1)
+    assert (text, text.new, text.ids, text.finish_reason) == ("白日", "日", (b,), "length")
+    assert text.log_probability is None
+    copied = pickle.loads(pickle.dumps(text))
+    assert (copied, copied.new, copied.ids) == (text, text.new, text.ids)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"best_of": 3}, {"num_beams": 3}, {"forced": ["月"]}, {"presence_penalty": 1.0}, {"stop": "月"}]
+)
+def test_the_log_probability_is_that_of_the_plain_model(model, tokenizer, engine, settings):
+    settings = {"max_new_tokens": 12, "seed": 1, "engine": engine, "logit_bias": {"山": 3.0}, **settings}
+    for text in generate_batch(model, tokenizer, ["白日", ""], log_probability=True, **settings):
+        ids = [tokenizer.BOS, *tokenizer.encode(text.removesuffix(text.new)), *text.ids]
+        window = np.array([ids + [0] * (T - len(ids))], np.int32)
+        scores = sampling.log_softmax(np.array(model.predict_on_batch(window))[0])
+        first = len(ids) - len(text.ids)
+        expected = sum(scores[i - 1, ids[i]] for i in range(first, len(ids)))
+        assert text.log_probability == pytest.approx(expected, abs=0.05)
+    assert generate(model, tokenizer, "白日", **settings).log_probability is None
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"best_of": 2}, {"num_beams": 2}, {"forced": ["山"]}])
+def test_a_text_ends_before_a_stop_string(tokenizer, settings):
+    ids = tokenizer.encode("日依山尽，黄河")
+    model = table_model(tokenizer, dict(zip([tokenizer.BOS, *ids], [*ids, ids[0]], strict=True)))
+    for stop, expected in (
+        ("，", "日依山尽"),
+        (["尽，", "河"], "日依山"),
+        (["河日", "尽，黄河"], "日依山"),
+        (["白"], "日依山尽，黄河日依山尽，黄河日依山尽"),
+    ):
+        text = generate(model, tokenizer, "", stop=stop, max_new_tokens=18, **settings)
+        assert text == expected
+        assert text.finish_reason == ("length" if stop == ["白"] else "stop")
+
+
+def test_a_stop_string_is_found_across_tokens_batches_and_streams(model, tokenizer, engine):
+    settings = {"max_new_tokens": 40, "temperature": 1.5, "top_p": None, "engine": engine}
+    settings["logit_bias"] = only(tokenizer, "白日山水明月")
+    prompts, num_stopped = ["白日", "", "月"] * 4, 0
+    free = generate_batch(model, tokenizer, prompts, seed=7, **settings)
+    stop = ["山水", "明月日", "日"]
+    stopped = generate_batch(model, tokenizer, prompts, seed=7, stop=stop, **settings)
+    for i, (prompt, text, whole) in enumerate(zip(prompts, stopped, free, strict=True)):
+        places = [whole.new.index(end) for end in stop if end in whole.new]
+        assert text == prompt + whole.new[: min(places, default=None)]
+        pieces = list(stream(model, tokenizer, prompt, seed=7 + i, stop=stop, **settings))
+        assert "".join(pieces) == text
+        assert generate(model, tokenizer, prompt, seed=7 + i, stop=stop, **settings) == text
+        num_stopped += bool(places)
+    assert num_stopped > 3
+
+
+def test_a_stream_holds_back_no_more_than_may_become_a_stop_string():
+    from aigc_tf.generation import _until
+
+    assert list(_until(("山水",), iter("白山白山山水日"))) == ["白", "山白", "山"]
+    assert list(_until((), iter("白山"))) == ["白", "山"]
+    assert list(_until(("水明", "明"), iter(["白水", "明日"]))) == ["白"]
+    assert list(_until(("山水",), iter("白山"))) == ["白", "山"]
+
+
+def test_very_many_tokens_may_be_asked_for(tokenizer, engine):
+    a, b = tokenizer.encode("白日")
+    for model in (
+        table_model(tokenizer, {a: b, b: a}),
+        aigc_tf.transformer(tokenizer.vocab_size, 16, num_layers=1, num_heads=1, hidden_dim=8),
+    ):
+        kind = {} if len(model.layers) == 2 else {"engine": engine}
+        tracemalloc.start()
+        pieces = stream(model, tokenizer, "白", max_new_tokens=10**11, seed=0, **kind)
+        assert len(list(itertools.islice(pieces, 9))) == 9
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+        tracemalloc.stop()
+        text = generate(model, tokenizer, "白", max_new_tokens=10**11, seed=0, stop=["日", "。"], **kind)
+        assert text.startswith("白")
+
+
+@pytest.mark.parametrize("settings", [{}, {"best_of": 2}, {"num_beams": 2}, {"forced": ["月"]}])
+def test_prompts_beyond_memory_are_written_some_at_a_time(model, tokenizer, monkeypatch, settings):
+    settings = {"max_new_tokens": 12, "seed": 3, **settings}
+    prompts, batches = ["白", "", "日月", "白", "山"], []
+    expected = generate_batch(model, tokenizer, prompts, **settings)
+    make = generation.decoder
+    monkeypatch.setattr(
+        generation, "decoder", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
+    )
+    monkeypatch.setattr(generation, "machine_bytes", lambda: 1.0)
+    assert generate_batch(model, tokenizer, prompts, **settings) == expected
+    assert len(batches) >= 5
+    assert len(set(batches)) <= 2
+
+
+def test_arguments_of_another_kind_are_one_clear_line(tokenizer):
+    model = table_model(tokenizer, {})
+    for function, arguments, part in (
+        (generate, (model, tokenizer, None), 'A prompt must be a text, got None. Without: "".'),
+        (
+            generate,
+            (model, tokenizer, ["白"]),
+            "A prompt must be a text, got ['白']. For several prompts call generate_batch",
+        ),
+        (generate, (model, "春风"), "The second argument must be the model's Tokenizer, got '春风'."),
+        (generate, ("runs/tang", tokenizer), "model must be a language model, got 'runs/tang'. aigc_tf.load gives"),
+        (
+            generate_batch,
+            (model, tokenizer, "春风"),
+            "prompts must be a list of texts, got '春风'. For one text call generate",
+        ),
+        (generate_batch, (model, tokenizer, None), "prompts must be a list of texts, got None"),
+        (generate_batch, (model, tokenizer, ["白", 7]), "A prompt must be a text, got 7"),
+        (stream, (model, tokenizer, 3), "A prompt must be a text, got 3"),
+    ):
+        assert part in message_of(TypeError, function, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("max_tokens", "max_new_tokens"), ("topp", "top_p"), ("stops", "stop"), ("beams", "num_beams")]
+)
+def test_a_near_miss_is_told(tokenizer, name, meant):
+    message = message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: 1})
+    assert f"There is no setting '{name}'. Did you mean {meant}?" in message
+
+
+def test_a_stop_string_within_a_forced_word_is_refused(tokenizer):
+    model = table_model(tokenizer, {})
+    message = message_of(ValueError, generate, model, tokenizer, forced=["白日"], stop="日")
+    assert message == "'白日' is forced and holds '日', at which the text stops."
+    for stop in ("", [""], [3], 3):
+        assert "stop must be" in message_of(ValueError, generate, model, tokenizer, stop=stop)
+
+
+@pytest.mark.parametrize("name", ["top_k", "no_repeat_ngram", "temperature", "best_of", "length_penalty", "seed"])
+def test_a_number_beyond_all_others_is_refused(tokenizer, name):
+    if name != "seed":
+        assert name in message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: 10**400})

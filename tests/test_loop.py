@@ -10,7 +10,7 @@ from aigc_tf import generation, loop
 from aigc_tf.decoding import decoder, model_weights
 from aigc_tf.devices import keras
 from aigc_tf.sampler import Sampler, check_settings
-from aigc_tf.texts import Texts
+from aigc_tf.texts import Chance, Texts
 
 T, STEPS = 12, 30
 BUILDERS = {
@@ -92,9 +92,18 @@ def chance(rows=3, steps=STEPS):
     return np.random.default_rng(3).random((rows, steps))
 
 
+class Drawn(Chance):
+    """The numbers that a test names."""
+
+    def __init__(self, uniforms):
+        super().__init__(list(range(len(uniforms))))
+        self._drawn = np.pad(uniforms, ((0, 0), (0, 99)))
+
+
 def on_the_cpu(weights, sampler, prompts, uniforms, log_probabilities=None):
-    texts = Texts(decoder(weights, len(prompts), "numpy"), prompts, uniforms.shape[1])
-    return list(generation._steps(texts, sampler, [], uniforms, log_probabilities))
+    texts = Texts(decoder(weights, len(prompts), "numpy"), prompts)
+    over = np.zeros(len(prompts), bool)
+    return list(generation.write_on(texts, sampler, Drawn(uniforms), uniforms.shape[1], over, log_probabilities))
 
 
 def write(weights, sampler, prompts, uniforms, log_probabilities=None, chunk=7, **options):
@@ -102,7 +111,8 @@ def write(weights, sampler, prompts, uniforms, log_probabilities=None, chunk=7, 
     if log_probabilities is None:
         log_probabilities = np.zeros(len(prompts))
     options = {"chunk": chunk, "log_probabilities": log_probabilities, **options}
-    return list(loop.steps(weights, sampler, prompts, uniforms, **options))
+    over = np.zeros(len(prompts), bool)
+    return list(loop.steps(weights, sampler, prompts, Drawn(uniforms), uniforms.shape[1], over, **options))
 
 
 def assert_same_texts(weights, sampler, prompts, uniforms, **options):
@@ -226,7 +236,9 @@ def test_another_prompt_batch_model_or_number_compiles_nothing(kind, weights, sa
 
 
 def test_the_first_tokens_are_shown_while_more_are_to_come(transformer, sampler, tokenizer, calls):
-    steps = loop.steps(transformer, sampler(), encode(tokenizer, ["白"]), chance(1), chunk=4)
+    steps = loop.steps(
+        transformer, sampler(), encode(tokenizer, ["白"]), Drawn(chance(1)), STEPS, np.zeros(1, bool), chunk=4
+    )
     for _ in range(4):
         next(steps)
     assert [name for name, *_ in calls] == ["_read_texts", "_write"]

@@ -292,9 +292,9 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["generate", run, "--exempt", "nolist"], "Stopwords must be one of the lists cn, classical"),
         (["generate", run, "--best-of", "0"], "best_of must be a whole number of at least 1"),
         (["generate", run, "--num-beams", "0"], "num_beams must be a whole number of at least 1"),
-        (["generate", run, "--num-beams", "2", "--best-of", "2"], "give num_beams or best_of, not both"),
-        (["generate", run, "--num-beams", "2", "--top-p", "0.5"], "cannot heed top_p"),
-        (["generate", run, "--num-beams", "2", "--force", "白"], "cannot heed forced"),
+        (["generate", run, "--num-beams", "2", "--best-of", "2"], "num_beams > 1 does not support best_of"),
+        (["generate", run, "--num-beams", "2", "--top-p", "0.5"], "num_beams > 1 does not support top_p"),
+        (["generate", run, "--num-beams", "2", "--force", "白"], "num_beams > 1 does not support forced"),
         (["generate", run, "--num-beams", "2", "--length-penalty", "nan"], "length_penalty must be a finite number"),
         (["generate", run, "--seed", "-1"], "seed"),
         (["generate", str(tmp_path), "--top-p", "0"], "top_p must be above 0"),  # before anything is loaded

@@ -27,7 +27,7 @@ def make(tokenizer=TOKENIZER, compiled=False, **settings):
 
 def texts_of(prompts, written=()):
     """Texts that go on from prompts, to each of which the same ids have been written."""
-    texts = Texts(None, [[BOS, *prompt] for prompt in prompts], 50)
+    texts = Texts(None, [[BOS, *prompt] for prompt in prompts])
     for i in written:
         texts.write(np.arange(len(prompts)), np.full(len(prompts), i))
     return texts

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from aigc_tf.decoding import Decoder
-from aigc_tf.texts import Texts
+from aigc_tf.texts import Chance, Texts
 
 
 class Memory:
@@ -34,17 +34,21 @@ def ids_of(logits):
     return [row[row >= 0].tolist() for row in logits]
 
 
+def written(texts, row):
+    (ids,) = texts.written(np.array([row]))
+    return ids[ids >= 0].tolist()
+
+
 def test_prompts_of_different_lengths_end_together():
-    texts = Texts(Memory(3).decoder(), [[5, 6, 7], [8], [9, 10]], 2)
+    texts = Texts(Memory(3).decoder(), [[5, 6, 7], [8], [9, 10]])
     assert texts.so_far(np.arange(3)).tolist() == [[5, 6, 7], [-1, -1, 8], [-1, 9, 10]]
-    assert texts.ids.shape == (3, 5)
     assert ids_of(texts.read(np.array([0, 2]))) == [[5, 6, 7], [9, 10]]
     assert ids_of(texts.read(np.array([1]))) == [[8]]
 
 
 def test_each_token_is_read_once_at_the_position_after_the_one_before():
     memory = Memory(2)
-    texts = Texts(memory.decoder(), [[5, 6, 7], [8]], 3)
+    texts = Texts(memory.decoder(), [[5, 6, 7], [8]])
     rows = np.arange(2)
     texts.read(rows)
     assert memory.num_read == 4
@@ -52,14 +56,13 @@ def test_each_token_is_read_once_at_the_position_after_the_one_before():
         texts.write(rows, np.array([10, 20]) + step)
         assert ids_of(texts.read(rows)) == expected
         assert memory.num_read == 4 + 2 * step
-        assert texts.num_written == step
-        assert texts.written(0) == [10 + i for i in range(1, step + 1)]
-        assert texts.written(1) == [20 + i for i in range(1, step + 1)]
+        assert written(texts, 0) == [10 + i for i in range(1, step + 1)]
+        assert written(texts, 1) == [20 + i for i in range(1, step + 1)]
 
 
 def test_a_text_that_has_ended_is_left_alone():
     memory = Memory(3)
-    texts = Texts(memory.decoder(), [[5], [6, 7], [8]], 4)
+    texts = Texts(memory.decoder(), [[5], [6, 7], [8]])
     texts.read(np.arange(3))
     texts.write(np.arange(3), np.array([1, 2, 3]))
     going = np.array([0, 2])
@@ -67,7 +70,7 @@ def test_a_text_that_has_ended_is_left_alone():
     texts.write(going, np.array([11, 13]))
     assert texts.so_far(np.arange(3)).tolist() == [[-1, 5, 1, 11], [6, 7, 2, -1], [-1, 8, 3, 13]]
     assert texts.so_far(going).tolist() == [[-1, 5, 1, 11], [-1, 8, 3, 13]]
-    assert [texts.written(row) for row in range(3)] == [[1, 11], [2], [3, 13]]
+    assert [written(texts, row) for row in range(3)] == [[1, 11], [2], [3, 13]]
     assert ids_of(texts.read(going)) == [[5, 1, 11], [8, 3, 13]]
 
 
@@ -77,7 +80,7 @@ def test_beyond_the_context_the_newest_half_is_read_anew(limit, lengths):
     """A text sees from `start` on, which moves to its newest half where more than the context stands after it."""
     memory = Memory(len(lengths), limit)
     prompts = [list(range(100 * row, 100 * row + length)) for row, length in enumerate(lengths)]
-    texts = Texts(memory.decoder(), prompts, 25)
+    texts = Texts(memory.decoder(), prompts)
     rows = np.arange(len(lengths))
     starts = [0] * len(lengths)
     for step in range(25):
@@ -95,14 +98,14 @@ def test_beyond_the_context_the_newest_half_is_read_anew(limit, lengths):
 def test_rows_go_on_from_others():
     memory = Memory(4, 4)
     # The second prompt is beyond the context, so that copied rows start at another column.
-    texts = Texts(memory.decoder(), [[5], [1, 2, 3, 4, 5, 6], [7], [8]], 4)
+    texts = Texts(memory.decoder(), [[5], [1, 2, 3, 4, 5, 6], [7], [8]])
     assert ids_of(texts.read(np.array([0, 1]))) == [[5], [5, 6]]
     texts.copy(np.array([1, 0, 0, 1]))
     texts.write(np.arange(4), np.array([11, 12, 13, 14]))
     num_read = memory.num_read
     assert ids_of(texts.read(np.arange(4))) == [[5, 6, 11], [5, 12], [5, 13], [5, 6, 14]]
     assert memory.num_read == num_read + 4  # and not what the others had read already
-    assert [texts.written(row) for row in range(4)] == [[11], [12], [13], [14]]
+    assert [written(texts, row) for row in range(4)] == [[11], [12], [13], [14]]
     texts.copy(np.array([3, 3, 2, 2]))
     texts.write(np.arange(4), np.array([21, 22, 23, 24]))
     assert ids_of(texts.read(np.arange(4))) == [[5, 6, 14, 21], [5, 6, 14, 22], [5, 13, 23], [5, 13, 24]]
@@ -112,7 +115,36 @@ def test_rows_go_on_from_others():
 
 
 def test_nothing_to_write_and_nothing_written():
-    texts = Texts(Memory(1).decoder(), [[5, 6]], 0)
-    assert texts.num_written == 0
-    assert texts.written(0) == []
+    texts = Texts(Memory(1).decoder(), [[5, 6]])
+    assert written(texts, 0) == []
     assert texts.so_far(np.array([0])).tolist() == [[5, 6]]
+
+
+def test_ids_grow_with_the_text():
+    texts = Texts(Memory(2, 9).decoder(), [[5, 6], [7]])
+    for step in range(500):
+        texts.read(np.arange(2))
+        texts.write(np.arange(2), np.array([step, 1000 + step]))
+    assert texts.ids.shape[1] < 2000
+    assert written(texts, 0) == list(range(500))
+    assert texts.so_far(np.arange(2))[1].tolist() == [-1, 7, *range(1000, 1500)]
+
+
+def test_what_was_written_before_is_no_prompt():
+    texts = Texts(Memory(2).decoder(), [[5, 6, 7], [8, 9]], [1, 0])
+    assert [written(texts, row) for row in range(2)] == [[7], []]
+    texts.write(np.arange(2), np.array([11, 12]))
+    assert [written(texts, row) for row in range(2)] == [[7, 11], [12]]
+    texts.copy(np.array([1, 0]))
+    assert [written(texts, row) for row in range(2)] == [[12], [7, 11]]
+
+
+def test_numbers_are_those_of_each_seed_however_they_are_asked_for():
+    chance = Chance([3, (3, 1)])
+    expected = [np.random.default_rng(seed).random(1000) for seed in (3, (3, 1))]
+    np.testing.assert_array_equal(chance.take(np.arange(2), 0, 5), [row[:5] for row in expected])
+    np.testing.assert_array_equal(chance.take(np.array([1]), 990, 10), [expected[1][990:]])
+    np.testing.assert_array_equal(
+        chance.take(np.array([1, 0]), np.array([70, 3]), 4), [expected[1][70:74], expected[0][3:7]]
+    )
+    assert len(np.unique(chance.take(np.arange(2), 0, 1000))) == 2000
