@@ -6,6 +6,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .devices import keras, tf
+from .keras_internals import source_of
+from .sizes import check_targets
 
 SHARE_OF_STEPS = 0.9  # the last ones run over all tokens
 
@@ -24,8 +26,11 @@ def candidate_model(model: keras.Model, number: int) -> keras.Model:
 
     Returns:
         A `keras.Model` from ids `int32 (B, T)`, candidates `int32 (C,)` and the logarithm of the probability that each
-        of them is one, `float32 (C,)`, to logits `float32 (B, T, C)`, whose softmax has in expectation the gradient of
-        that over all tokens.
+        of them is one, `float32 (C,)`, to logits `float32 (B, T, C)`. The gradient of their softmax is near that of the
+        softmax over all tokens, the nearer the larger C; it has a bias for each C below V, and the more so as the
+        tokens that a batch predicts are candidates for certain, and are taken as if drawn like the others. Corrected
+        for that (probability 1 for them, and that of fewer draws for the others) the bias is half, and a model learned
+        no better: in 400 steps of an LSTM on the quatrains 7.197 bits per character, without 7.185 (means of 4 seeds).
 
     Raises:
         ValueError: the head is not the token embedding.
@@ -38,48 +43,61 @@ def candidate_model(model: keras.Model, number: int) -> keras.Model:
         raise ValueError(
             "num_candidates is for a model whose head is its token embedding, as transformer() and lstm() have."
         )
-    candidates = keras.Input(batch_shape=(number,), dtype="int32")
-    log_expected = keras.Input(batch_shape=(number,), dtype="float32")
-    among = keras.ops.matmul(head.input_tensors[0], keras.ops.transpose(head.operation(candidates)))
-    logits = keras.ops.cast(among, "float32") - log_expected
-    return keras.Model([model.input, candidates, log_expected], logits)
+    candidates = keras.Input(batch_shape=(number,), dtype="int32", name="aigc_tf_candidates")
+    log_expected = keras.Input(batch_shape=(number,), dtype="float32", name="aigc_tf_log_expected")
+    logits = _AmongCandidates(head.operation)(head.input_tensors[0], candidates, log_expected)
+    return keras.Model([model.inputs[0], candidates, log_expected], logits)
+
+
+class _AmongCandidates(keras.layers.Layer):
+    """The head of a model for a part of the tokens.
+
+    In one layer, with a name: Keras numbers operations without one, anew in each process, and a model that was loaded
+    has names from another.
+    """
+
+    def __init__(self, embedding):
+        super().__init__(name="aigc_tf_among_candidates", dtype=embedding.dtype_policy, autocast=False)
+        self.embedding, self.built = embedding, True
+
+    def call(self, x, candidates, log_expected):
+        among = keras.ops.matmul(x, keras.ops.transpose(self.embedding(candidates)))
+        return keras.ops.cast(among, "float32") - log_expected
 
 
 def _tied_head(model):
     """Return the call of the token embedding that gives a model's logits, or None if something else gives them."""
-    if not hasattr(model, "operations"):  # no graph of layers
+    if not getattr(model, "inputs", None):  # no graph of layers
         return None
-    head = _source_of(model.output)
+    head = source_of(model.outputs[0])
     if isinstance(head.operation, keras.layers.Identity):
-        head = _source_of(head.input_tensors[0])
+        head = source_of(head.input_tensors[0])
     embedding = head.operation
     return head if isinstance(embedding, keras.layers.ReversibleEmbedding) and embedding.tie_weights else None
 
 
-def _source_of(tensor):
-    """Return the call of a layer that a tensor of a graph comes from."""
-    operation, node, _ = tensor._keras_history
-    return operation._inbound_nodes[node]
-
-
-def draw_candidates(counts: np.ndarray, number: int) -> Callable[[tf.data.Dataset, int], tf.data.Dataset]:
+def draw_candidates(
+    counts: np.ndarray, number: int, seed: int = 0
+) -> Callable[[tf.data.Dataset, int], tf.data.Dataset]:
     """Draw candidates for batches: the tokens that a batch predicts, and others by their frequency.
 
     Args:
         counts: how often each token occurs, `int (V,)`.
         number: C, how many candidates to draw; not fewer than a batch has targets.
+        seed: the seed of what is drawn.
 
     Returns:
         A function from a dataset of `(inputs, targets)` and the number of its first batch to one of what
         `candidate_model` takes and the place of each target among the candidates, `int32 (B, T)`. What is drawn for
-        batch i is a function of i alone.
+        batch i is a function of its targets, the seed and i alone.
     """
     log_frequency = np.log((counts + 0.5) / (counts + 0.5).sum())
     log_expected = _log_expected(log_frequency, number)
 
     def draw(batch, targets):
+        check_targets(targets, len(counts))
         # By noise of Gumbel, the largest of which are a draw without replacement.
-        keys = log_frequency + np.random.default_rng(batch).gumbel(size=len(counts))
+        keys = log_frequency + np.random.default_rng((seed % 2**64, batch)).gumbel(size=len(counts))
         keys[targets.ravel()] = np.inf
         candidates = np.sort(np.argpartition(-keys, number - 1)[:number])
         places = np.empty(len(counts), np.int32)

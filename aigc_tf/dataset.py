@@ -163,8 +163,8 @@ def make_dataset(
 
     Returns:
         A `tf.data.Dataset` of `(inputs, targets)`, each `int32` of shape (B, T), with
-        `targets[:, :-1] == inputs[:, 1:]`. Three more attributes are for `train`: `from_step(k)`, the same data from
-        batch k on; `identity()`, a dict that tells it from other data; `counts()`, how often each token occurs.
+        `targets[:, :-1] == inputs[:, 1:]`. Four more attributes are for `train`: `seed`; `from_step(k)`, the same data
+        from batch k on; `identity()`, a dict that tells it from other data; `counts()`, how often each token occurs.
 
     Raises:
         ValueError: the documents do not fill one window, or without a seed one batch.
@@ -214,6 +214,7 @@ def make_dataset(
         .prefetch(tf.data.AUTOTUNE)
     )
     dataset.from_step = lambda step: make_dataset(tokens, tokenizer, context, batch_size, seed, start_step + step)
+    dataset.seed = seed
     dataset.counts = lambda: count_tokens(tokens, tokenizer.vocab_size)
     dataset.identity = lambda: {
         "tokens": hashlib.sha256(tokens).hexdigest(),

@@ -8,6 +8,8 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from .keras_internals import forget_retracing, registered_gradients
+
 
 @contextlib.contextmanager
 def hidden_native_stderr() -> Iterator[None]:
@@ -102,7 +104,7 @@ def compiled(function, *static):
 
         return jax.jit(function, donate_argnums=1)
     function = tf.function(function, jit_compile=True, autograph=False)
-    function._omit_frequent_tracing_warning = True  # there are many kinds, each traced once
+    forget_retracing(function)  # there are many kinds, each traced once
     return function
 
 
@@ -132,8 +134,7 @@ def freed_graphs() -> Iterator[None]:
     and that function holds the whole graph of the step: 20 to 40 MB for a tiny model. `clear_session` does not
     free it, and forgets the user's dtype policy.
     """
-    registry = sys.modules.get("tensorflow.python.framework.ops")
-    gradient_functions = getattr(getattr(registry, "gradient_registry", None), "_registry", {})
+    gradient_functions = registered_gradients()
     before = set(gradient_functions)
     try:
         yield

@@ -258,9 +258,9 @@ def _measure(
     step_seconds, watts, end_before = 0.0, None, 0
     for phase in parts:
         timer = _Timer(seconds / len(parts))
-        with fast_training(phase.model, steps * batch_size * context):
+        with fast_training(phase.model, steps * batch_size * context) as (trained, _):
             batches = phase.prepare(data, 0)
-            phase.model.fit(batches, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
+            trained.fit(batches, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
         step_seconds += statistics.median(timer.step_seconds) * (phase.end - end_before) / 1000
         watts = timer.watts if timer.watts is not None else watts
         end_before = phase.end

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from . import pass_kernels
+from .sizes import check_targets
 
 _f32 = np.float32
 _WORTH_A_THREAD = 2**16  # numbers; handing over costs a tenth of a millisecond
@@ -38,13 +39,6 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, num_threads: int) -> 
     share = _f32(1 / len(targets))
     _in_threads(pass_kernels.cross_entropy, num_threads, _bits(logits), targets, share, nats, _bits(gradient))
     return nats, gradient
-
-
-def check_targets(targets: np.ndarray, vocab_size: int) -> None:
-    """Refuse targets that are no tokens, where indexing would take another token or leave the array."""
-    if targets.size and not 0 <= (first := targets.min()) <= (last := targets.max()) < vocab_size:
-        wrong = first if first < 0 else last
-        raise ValueError(f"Targets must be from 0 to {vocab_size - 1}, the tokens of the vocabulary, got {wrong}.")
 
 
 def gelu(x: np.ndarray, num_threads: int) -> np.ndarray:

@@ -4,47 +4,64 @@ Keras multiplies with both matrices in each step, and on the way back adds up th
 the loop holds what depends on the step before, and each of the other products is one, over all steps.
 """
 
-import contextlib
-import types
-from collections.abc import Iterator
-
-from .devices import keras, tf, uses_accelerator
+from .devices import keras, tf
+from .keras_internals import is_masked
 
 
-@contextlib.contextmanager
-def fast_recurrence(model: keras.Model) -> Iterator[bool]:
-    """Let the LSTM layers of a model run through this loop meanwhile, where it serves; tell whether any do.
+def own_loop(operation, args: tuple, kwargs: dict):
+    """Give the output of an LSTM layer by this loop, for its call in a graph; None where it does not serve.
 
-    It serves TensorFlow on a CPU, and layers that differ from Keras' default in their width and what they return alone.
+    It serves layers that differ from Keras' default in their width and what they return alone, on TensorFlow.
+
+    Args:
+        operation: what is called, a layer of any kind.
+        args: with what.
+        kwargs: likewise.
     """
-    layers = []
-    if keras.backend.backend() == "tensorflow" and not uses_accelerator():
-        layers = [layer for layer in model.layers if type(layer) is keras.layers.LSTM and _serves(layer)]
-    for layer in layers:
-        layer.inner_loop = types.MethodType(_inner_loop, layer)
-    try:
-        yield bool(layers)
-    finally:
-        for layer in layers:
-            del layer.inner_loop
+    if not is_plain(operation, keras.layers.LSTM, "units", "return_sequences", "return_state"):
+        return None
+    state = kwargs.pop("initial_state", None)
+    if len(args) != 1 or kwargs or is_masked(args[0]):
+        return None
+    return OwnLoop(operation)(args[0], *(state or ()))
 
 
-def _serves(layer: keras.layers.LSTM) -> bool:
-    plain = {"activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": True}
-    plain |= dict.fromkeys(("dropout", "recurrent_dropout"), 0.0)
-    plain |= dict.fromkeys(("go_backwards", "stateful", "unroll"), False)
-    settings = layer.get_config()
-    return all(settings.get(name, value) == value for name, value in plain.items())
+def is_plain(operation, kind: type, *free: str, any_dtype: bool = False) -> bool:
+    """Tell whether an operation is a layer as Keras makes it by default, but for some settings that are free.
+
+    Its name, its first values and the seeds of its chance are free too. It computes in float32 or bfloat16, or in
+    `any_dtype`.
+    """
+    if type(operation) is not kind or not (any_dtype or operation.compute_dtype in ("float32", "bfloat16")):
+        return False
+    config = operation.get_config()
+    seed = {"seed": 0} if "seed" in config else {}  # without one Keras takes it from Python's own generator
+    plain = kind(**{name: config[name] for name in free}, **seed).get_config()
+    free = {*free, "name", "dtype", "trainable", "seed"}
+    names = {name for name in {**config, **plain} if name not in free and not name.endswith("_initializer")}
+    return all(config.get(name) == plain.get(name) for name in names)
 
 
-def _inner_loop(layer, sequences, initial_state, mask, training=False):
-    if any(m is not None for m in tf.nest.flatten([mask])):
-        return keras.layers.LSTM.inner_loop(layer, sequences, initial_state, mask, training)
-    cell = layer.cell
-    dtype = layer.compute_dtype
-    weights = (tf.cast(tf.convert_to_tensor(w), dtype) for w in (cell.kernel, cell.recurrent_kernel, cell.bias))
-    hidden, last_hidden, last_cell = lstm_sequence(tf.cast(sequences, dtype), *initial_state, *weights)
-    return last_hidden, hidden if layer.return_sequences else last_hidden[:, None], [last_hidden, last_cell]
+class OwnLoop(keras.layers.Layer):
+    """Run an LSTM layer by this loop."""
+
+    def __init__(self, layer: keras.layers.LSTM):
+        super().__init__(name=f"aigc_tf_{layer.name}", dtype=layer.dtype_policy)
+        self.layer, self.built = layer, True
+
+    def call(self, x, *state):
+        """Compute what the layer does of sequences (B, T, I) and of a state given or of zeros."""
+        cell, dtype = self.layer.cell, self.compute_dtype
+        state = state or self.layer.get_initial_state(tf.shape(x)[0])
+        weights = (cell.kernel, cell.recurrent_kernel, cell.bias)
+        values = (tf.cast(tf.convert_to_tensor(v), dtype) for v in (x, *state, *weights))
+        hidden, last_hidden, last_cell = lstm_sequence(*values)
+        output = hidden if self.layer.return_sequences else last_hidden
+        return [output, last_hidden, last_cell] if self.layer.return_state else output
+
+    def compute_output_spec(self, x, *state):
+        """Tell the shapes of the output, which are the layer's."""
+        return self.layer.compute_output_spec(x, initial_state=list(state) or None)
 
 
 @tf.custom_gradient

@@ -69,3 +69,10 @@ def at_least_1(**dimensions: int) -> None:
     for name, value in dimensions.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_targets(targets, vocab_size: int) -> None:
+    """Refuse an array of targets that are no tokens, where indexing would take another token or leave the array."""
+    if targets.size and not 0 <= (first := targets.min()) <= (last := targets.max()) < vocab_size:
+        wrong = first if first < 0 else last
+        raise ValueError(f"Targets must be from 0 to {vocab_size - 1}, the tokens of the vocabulary, got {wrong}.")

@@ -129,7 +129,7 @@ def train(
             identity = _identity(model, train_data, tokenizer, valid_documents, {**settings, **others})
             course.keep_in(Path(run_dir), identity, checkpoint_minutes, checkpoint_steps, keep_checkpoints)
         counts = train_data.counts() if num_candidates else None
-        for phase in phases(model, steps, num_candidates, counts):
+        for phase in phases(model, steps, num_candidates, counts, getattr(train_data, "seed", None) or 0):
             if course.step < phase.end and not course.received:
                 _run_phase(phase, course, train_data, batch_size, num_microbatches, checkpoint_steps)
     if course.best_weights:
@@ -153,7 +153,9 @@ class Phase(NamedTuple):
     methods: list[str]
 
 
-def phases(model: keras.Model, steps: int, num_candidates: int, counts: np.ndarray | None) -> list[Phase]:
+def phases(
+    model: keras.Model, steps: int, num_candidates: int, counts: np.ndarray | None, seed: int = 0
+) -> list[Phase]:
     """Divide the training of a compiled model: the steps among candidates, if any, then those among all tokens.
 
     Args:
@@ -161,6 +163,7 @@ def phases(model: keras.Model, steps: int, num_candidates: int, counts: np.ndarr
         steps: the number of steps in all.
         num_candidates: C, or 0.
         counts: how often each token occurs, `int (V,)`, if there are candidates.
+        seed: the seed by which candidates are drawn.
 
     Returns:
         The phases, in their order.
@@ -169,9 +172,9 @@ def phases(model: keras.Model, steps: int, num_candidates: int, counts: np.ndarr
     if not num_candidates:
         return [among_all]
     among_candidates = candidate_model(model, num_candidates)
-    among_candidates.compile(model.optimizer, _loss())
+    among_candidates.compile(model.optimizer, _loss(), jit_compile=_jit_compile())
     method = f"a softmax over {num_candidates:,} of {len(counts):,} tokens in {SHARE_OF_STEPS:.0%} of the steps"
-    draw = draw_candidates(counts, num_candidates)
+    draw = draw_candidates(counts, num_candidates, seed)
     return [Phase(among_candidates, draw, int(SHARE_OF_STEPS * steps), [method]), among_all]
 
 
@@ -184,10 +187,10 @@ def _run_phase(
     if num_microbatches > 1:
         data = data.rebatch(batch_size // num_microbatches, drop_remainder=True)
     at_once = _steps_at_once(num_steps, course.steps_per_validation, checkpoint_steps)
-    phase.model.steps_per_execution = num_microbatches * at_once
-    with signals_stop(course), fast_training(phase.model, num_steps * course.tokens_per_step) as methods:
+    with signals_stop(course), fast_training(phase.model, num_steps * course.tokens_per_step) as (trained, methods):
+        trained.steps_per_execution = num_microbatches * at_once
         course.tell([*methods, *phase.methods])
-        phase.model.fit(
+        trained.fit(
             phase.prepare(data, first * num_microbatches),
             steps_per_epoch=num_steps * num_microbatches,
             callbacks=[course],
@@ -268,10 +271,15 @@ def compile_model(
 ) -> keras.optimizers.schedules.LearningRateSchedule:
     """Give a model the loss and the optimizer that `train` uses, and return the schedule of its learning rate."""
     schedule = WarmupStableDecay(learning_rate, steps, num_microbatches)
-    model.compile(adamw(schedule, weight_decay, clip_norm, num_microbatches), _loss())
+    model.compile(adamw(schedule, weight_decay, clip_norm, num_microbatches), _loss(), jit_compile=_jit_compile())
     # Not left to the first step: the order of its variables, in which checkpoints have them, would be another there.
     model.optimizer.build(model.trainable_variables)
     return schedule
+
+
+def _jit_compile() -> bool | str:
+    """Leave compiling to Keras, but on TensorFlow's CPU: Keras would see a GPU that is hidden from TensorFlow."""
+    return "auto" if keras.backend.backend() != "tensorflow" or uses_accelerator() else False
 
 
 def _loss():

@@ -179,13 +179,13 @@ def run_ours(system, data, tokenizer, train_documents, valid_documents, rate, se
     num_candidates = 0 if variant == "all" else usual
     per_step, steps_before = 0.0, 0
     for phase in training.phases(model, 1000, num_candidates, data.counts()):
-        with fast_training(phase.model, 1):
-            phase.model.make_train_function()
+        with fast_training(phase.model, 1) as (trained, _):
+            trained.make_train_function()
             batches = iter(phase.prepare(data, 0))
             for step in range(WARMUP_STEPS + TIMED_STEPS):
                 if step == WARMUP_STEPS:
                     began = time.process_time()
-                float(phase.model.train_function(batches)["loss"])
+                float(trained.train_function(batches)["loss"])
             share = (phase.end - steps_before) / 1000
             per_step += share * (time.process_time() - began) / TIMED_STEPS
             steps_before = phase.end

@@ -162,8 +162,8 @@ def ours(model, size: dict):
     from aigc_tf import fast_training, training
 
     training.compile_model(model, 1000, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM)
-    KEPT_OPEN.enter_context(fast_training.fast_training(model, num_tokens=1e12))
-    return keras_step(model, size)
+    trained, _ = KEPT_OPEN.enter_context(fast_training.fast_training(model, num_tokens=1e12))
+    return keras_step(trained, size)
 
 
 def policy(options) -> str:

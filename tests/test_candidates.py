@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import message_of, spread
 
-from aigc_tf import lstm, make_dataset, train
+from aigc_tf import load, lstm, make_dataset, save, train
 from aigc_tf.candidates import _log_expected, candidate_model, draw_candidates
 from aigc_tf.devices import keras, tf
 from aigc_tf.training import usual_candidates
@@ -17,17 +17,73 @@ def counts():
     return np.random.default_rng(0).integers(0, 200, V) ** 2
 
 
+def batches_of(draw, targets, first=0):
+    return list(draw(tf.data.Dataset.from_tensor_slices((targets, targets)), first).as_numpy_iterator())
+
+
 def test_what_is_expected_is_how_often_a_token_is_drawn(counts):
     log_frequency = np.log((counts + 0.5) / (counts + 0.5).sum())
     expected = np.exp(_log_expected(log_frequency, 60))
     assert expected.sum() == pytest.approx(60, rel=1e-4)
-    draw = draw_candidates(counts, 60)
     targets = np.full((500, 1, 1), counts.argmin(), np.int32)
-    data = draw(tf.data.Dataset.from_tensor_slices((targets, targets)), 0)
-    drawn = np.bincount(np.concatenate([x[1] for x, _ in data.as_numpy_iterator()]), minlength=V) / 500
+    batches = batches_of(draw_candidates(counts, 60), targets)
+    drawn = np.bincount(np.concatenate([x[1] for x, _ in batches]), minlength=V) / 500
     by_chance = np.arange(V) != counts.argmin()
     assert abs(drawn - expected)[by_chance].max() < 0.1
     assert np.corrcoef(drawn[by_chance], expected[by_chance])[0, 1] > 0.98
+
+
+def test_the_mean_gradient_is_near_that_over_all_tokens():
+    num_tokens, number, num_positions = 200, 60, 5
+    generator = np.random.default_rng(0)
+    counts = generator.integers(1, 200, num_tokens) ** 2
+    frequency = counts / counts.sum()
+    hidden, embeddings = generator.normal(size=(num_positions, 16)) / 2, generator.normal(size=(num_tokens, 16))
+    logits = hidden @ embeddings.T + np.log(frequency)
+    targets = generator.choice(num_tokens, num_positions, p=frequency).astype(np.int32)
+
+    def gradient(candidates, log_expected):
+        odds = np.exp(logits[:, candidates] - log_expected)
+        result = np.zeros_like(logits)
+        result[:, candidates] = odds / odds.sum(1, keepdims=True)
+        result[np.arange(num_positions), targets] -= 1
+        return hidden.T @ result
+
+    batches = batches_of(draw_candidates(counts, number), np.tile(targets, (500, 1, 1)))
+    mean = np.mean([gradient(*x[1:]) for x, _ in batches], axis=0)
+    uncorrected = np.mean([gradient(x[1], 0.0) for x, _ in batches], axis=0)
+    true = gradient(np.arange(num_tokens), 0.0)
+    error, unchecked = (np.linalg.norm(x - true) / np.linalg.norm(true) for x in (mean, uncorrected))
+    assert error < 0.1
+    assert unchecked > 1.2 * error  # without the correction by how probable a candidate is
+
+
+def test_draws_are_a_function_of_the_seed_and_the_batch(counts):
+    targets = np.zeros((3, 1, 1), np.int32)
+
+    def drawn(seed, first=0):
+        return [x[1].tolist() for x, _ in batches_of(draw_candidates(counts, 60, seed), targets[first:], first)]
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1)[1:] == drawn(1, first=1)
+    assert all(a != b for a, b in zip(drawn(1), drawn(2), strict=True))
+    assert drawn(-1) != drawn(1)
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, V])
+def test_targets_outside_the_vocabulary_are_refused(counts, wrong):
+    with pytest.raises(tf.errors.OpError, match=f"Targets must be from 0 to {V - 1}.*got {wrong}"):
+        batches_of(draw_candidates(counts, 60), np.array([[[1, wrong]]], np.int32))
+
+
+def test_a_loaded_model_trains_among_candidates_again_and_again(build, documents, tokenizer, tmp_path):
+    model = build(tokenizer.vocab_size, 10, num_layers=1)
+    data = make_dataset(documents, tokenizer, 10, 4, seed=0)
+    for i in range(2):
+        keras.backend.clear_session()  # numbers names from the beginning, as another process does
+        save(tmp_path / str(i), model, tokenizer)
+        model, _ = load(tmp_path / str(i))
+        train(model, data, tokenizer, documents[:9], steps=2, validations=1, num_candidates=40, progress=False)
 
 
 def test_the_targets_of_a_batch_are_among_its_candidates_and_it_is_a_function_of_its_number(counts):
@@ -72,16 +128,15 @@ def test_with_all_tokens_as_candidates_it_learns_the_same(build, documents, toke
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_among_a_part_it_learns_nearly_as_well(build, documents, tokenizer):
+def test_among_a_part_it_learns_nearly_as_well(documents, tokenizer):
     bits = []
     for number in (0, 80):
-        model = build(tokenizer.vocab_size, T, num_layers=1, hidden_dim=32, dropout=0.0, seed=1)
+        model = lstm(tokenizer.vocab_size, T, num_layers=1, hidden_dim=32, dropout=0.0, seed=1)
         data = make_dataset(documents, tokenizer, T, 4, seed=0)
-        settings = {"steps": 80, "validations": 1, "learning_rate": 1e-2, "progress": False}
+        settings = {"steps": 60, "validations": 1, "learning_rate": 1e-2, "progress": False}
         history = train(model, data, tokenizer, documents[:9], num_candidates=number, **settings)
         bits.append(history["bits_per_char"][-1])
-    assert bits[1] == pytest.approx(bits[0], abs=0.3)
-    assert bits[1] < 5
+    assert bits[1] == pytest.approx(bits[0], abs=0.1)
 
 
 def test_by_default_it_takes_candidates_where_the_vocabulary_is_large(build, tokenizer, monkeypatch):

@@ -1,19 +1,27 @@
-import contextlib
-
 import numpy as np
 import pytest
 
 from aigc_tf import models
 from aigc_tf.devices import fused, keras, tf
-from aigc_tf.fast_training import fast_training
-from aigc_tf.recurrence import fast_recurrence
+from aigc_tf.fast_training import fast_model
+from aigc_tf.recurrence import OwnLoop
+from aigc_tf.training import compile_model
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="other backends have other loops")
 
 V, T, B = 50, 9, 4
 
 
-def loss_and_gradients(model, is_fast):
+def with_own_loop(model):
+    model.compile("sgd", "mse")
+    return fast_model(model, with_passes=False)
+
+
+def uses_own_loop(model):
+    return any(isinstance(layer, OwnLoop) for layer in model.layers)
+
+
+def loss_and_gradients(model):
     ids, targets = np.random.default_rng(0).integers(0, V, (2, B, T))
 
     @tf.function
@@ -23,9 +31,8 @@ def loss_and_gradients(model, is_fast):
             loss = keras.ops.mean(keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True))
         return loss, logits, tape.gradient(loss, [v.value for v in model.trainable_variables])
 
-    with fast_recurrence(model) if is_fast else contextlib.nullcontext(False) as is_used:
-        loss, logits, gradients = compute()
-        return is_used, float(loss), logits.numpy(), [tf.convert_to_tensor(g).numpy() for g in gradients]
+    loss, logits, gradients = compute()
+    return float(loss), logits.numpy(), [tf.convert_to_tensor(g).numpy() for g in gradients]
 
 
 @pytest.mark.parametrize(
@@ -33,9 +40,10 @@ def loss_and_gradients(model, is_fast):
 )
 def test_it_is_the_loop_of_keras(precision, tolerance):
     model = models.build("lstm", V, T, num_layers=2, hidden_dim=16, dropout=0.0, precision=precision)
-    not_used, loss, logits, gradients = loss_and_gradients(model, is_fast=False)
-    used, fast_loss, fast_logits, fast_gradients = loss_and_gradients(model, is_fast=True)
-    assert (not_used, used) == (False, True)
+    fast = with_own_loop(model)
+    assert uses_own_loop(fast)
+    loss, logits, gradients = loss_and_gradients(model)
+    fast_loss, fast_logits, fast_gradients = loss_and_gradients(fast)
     assert fast_loss == pytest.approx(loss, rel=tolerance / 10)
     np.testing.assert_allclose(fast_logits, logits, atol=tolerance * np.abs(logits).max())
     assert len(gradients) == len(model.trainable_variables) > 6
@@ -50,18 +58,17 @@ def test_states_given_and_returned_are_those_of_keras():
     generator = np.random.default_rng(0)
     values = [tf.constant(generator.normal(size=(B, *i.shape[1:])), tf.float32) for i in model.inputs]
 
-    def run():
+    def run(model):
         with tf.GradientTape() as tape:
             tape.watch(values)
             outputs = model(values)
             total = sum(tf.reduce_sum(y * tf.range(1.0, 6.0)) * (i + 1) for i, y in enumerate(outputs))
         return [*outputs, *tape.gradient(total, values)]
 
-    expected = run()
-    with fast_recurrence(model) as is_used:
-        assert is_used
-        for fast, slow in zip(run(), expected, strict=True):
-            np.testing.assert_allclose(fast, slow, atol=1e-5)
+    fast = with_own_loop(model)
+    assert uses_own_loop(fast)
+    for one, other in zip(run(fast), run(model), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -71,26 +78,17 @@ def test_states_given_and_returned_are_those_of_keras():
 )
 def test_other_layers_stay_with_keras(settings):
     x = keras.Input((T, 3))
-    with fast_recurrence(keras.Model(x, keras.layers.LSTM(4, **settings)(x))) as is_used:
-        assert not is_used
+    model = keras.Model(x, keras.layers.LSTM(4, **settings)(x))
+    assert with_own_loop(model) is model
 
 
-def test_a_mask_goes_to_keras():
+def test_a_mask_stays_with_keras():
     ids = keras.Input((T,), dtype="int32")
     model = keras.Model(ids, keras.layers.LSTM(4)(keras.layers.Embedding(V, 3, mask_zero=True)(ids)))
-    masked = np.array([[5, 6, 7, 0, 0, 0, 0, 0, 0]])
-    expected = model(masked)
-    with fast_recurrence(model) as is_used:
-        assert is_used
-        np.testing.assert_allclose(model(masked), expected, atol=1e-6)
+    assert with_own_loop(model) is model
 
 
-def test_nothing_of_it_is_left_afterwards():
-    model = models.lstm(V, T)
-    with pytest.raises(ZeroDivisionError), fast_recurrence(model):
-        assert "inner_loop" in vars(model.get_layer("lstm_0"))
-        raise ZeroDivisionError
-    assert "inner_loop" not in vars(model.get_layer("lstm_0"))
+def test_fusing_ends():
     before = tf.config.optimizer.get_jit()
     with fused() as is_fused:
         assert is_fused
@@ -98,25 +96,10 @@ def test_nothing_of_it_is_left_afterwards():
     assert tf.config.optimizer.get_jit() == before
 
 
-def test_what_is_worth_its_compilation_is_fused():
-    model = models.transformer(V, T)
-    with fast_training(model, num_tokens=1000) as methods:
-        assert methods == []
-    with fast_training(model, num_tokens=1e12) as methods:
-        assert methods == ["elementwise operations fused by XLA"]
-    with fast_training(models.lstm(V, T), num_tokens=1000) as methods:
-        assert methods == ["LSTM layers in a loop of our own"]
-
-
-@pytest.mark.parametrize("build", [models.transformer, models.lstm])
-@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
-def test_fused_operations_learn_the_same(build, precision):
-    ids = np.random.default_rng(0).integers(0, V, (B, T + 1))
-    losses = []
-    for num_tokens in (0, 1e15):
-        model = models.build(build.__name__, V, T, dropout=0.0, precision=precision)
-        model.compile(keras.optimizers.AdamW(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-        with fast_training(model, num_tokens):
-            losses.append([float(model.train_on_batch(ids[:, :-1], ids[:, 1:])) for _ in range(8)])
-    assert losses[0][-1] < losses[0][0] - 0.1
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4 if precision == "float32" else 5e-3)
+def test_the_layer_is_not_changed():
+    model = models.lstm(V, T)
+    layer = model.get_layer("lstm_0")
+    before = dict(vars(layer))
+    compile_model(model, 10)
+    assert uses_own_loop(fast_model(model, with_passes=False))
+    assert {name: value for name, value in vars(layer).items() if before.get(name) is not value} == {}
