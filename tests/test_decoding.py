@@ -166,3 +166,48 @@ def test_weights_are_the_same_object_while_they_are_equal(build):
     assert decoding.model_weights(model) is weights
     model.set_weights([2 * value for value in model.get_weights()])
     assert decoding.model_weights(model) is not weights
+
+
+def test_a_model_that_only_looks_like_ours_is_read_through_itself(build, tokenizer, monkeypatch):
+    model = spread(build(tokenizer.vocab_size, T))
+    layer = model.get_layer("logits")
+    monkeypatch.setattr(layer, "call", lambda x: x[:, :, ::-1])  # which no configuration tells
+    with pytest.warns(UserWarning, match="computes something else"):
+        assert decoding.model_weights(model) is None
+    assert decoding.model_weights(model) is None  # it is not tried again
+    decoder = decoding.decoder(model, 1, "numba")
+    logits = decoder.read(np.zeros(3, np.int64), np.arange(3), np.arange(3))[0]
+    np.testing.assert_allclose(logits, np.array(model(np.arange(T)[None]))[0, 2], atol=1e-5)
+
+
+def test_each_way_to_change_a_variable_is_noticed(build, tmp_path):
+    model = spread(build(V, T))
+    other = tmp_path / "other.weights.h5"
+    spread(build(V, T, seed=1)).save_weights(other)
+    variable = model.weights[0]
+    first = np.zeros_like(variable)
+    first[0, 0] = 1
+    for change in (
+        lambda: variable.assign(variable + first),
+        lambda: variable.assign_add(first),
+        lambda: variable.assign_sub(3 * first),
+        lambda: model.load_weights(other),
+        lambda: model.set_weights([value + 1 for value in model.get_weights()]),
+    ):
+        before = decoding.model_weights(model)
+        assert decoding.model_weights(model) is before
+        change()
+        after = decoding.model_weights(model)
+        assert after is not before
+        np.testing.assert_array_equal(after.token_embedding, np.asarray(model.get_layer("token_embedding").weights[0]))
+
+
+def test_values_are_compared_where_they_are(build):
+    from aigc_tf.variables import Watch
+
+    model = build(V, T)
+    watch = Watch(model)
+    watch._on_host = False  # as on a GPU
+    assert watch.is_current(model)
+    model.weights[-1].assign(model.weights[-1] + 1)
+    assert not watch.is_current(model)

@@ -1,0 +1,65 @@
+"""Variables: whether those of a Keras model are what they were, told without comparing or moving them where it can."""
+
+import numpy as np
+
+from .devices import keras, tf
+
+
+class Watch:
+    """The values of a model's variables at one time, and whether they are the same at another.
+
+    TensorFlow writes a new value elsewhere in memory while another holds the old one, as this does, and JAX always
+    does; so values that stand where they stood have not changed.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._variables = list(model.weights)
+        self._read = _reader(self._variables)
+        self._values = self._read()
+        self._on_host = all(_is_on_host(value) for value in self._values)
+        if self._on_host:
+            self._arrays = [np.asarray(value) for value in self._values]
+            self._places = [array.__array_interface__["data"][0] for array in self._arrays]
+
+    def array(self, variable) -> np.ndarray:
+        """Return the value that a variable had."""
+        return np.asarray(self._values[next(i for i, kept in enumerate(self._variables) if kept is variable)])
+
+    def is_current(self, model: keras.Model) -> bool:
+        """Tell whether the model has the same variables with equal values."""
+        variables = model.weights
+        if len(variables) != len(self._variables) or any(
+            a is not b for a, b in zip(variables, self._variables, strict=True)
+        ):
+            return False
+        now = self._read()
+        if keras.backend.backend() == "jax":
+            pairs = [(a, b) for a, b in zip(now, self._values, strict=True) if a is not b]
+            # A training on JAX gives the memory of old values away.
+            return not any(b.is_deleted() for _, b in pairs) and all(bool((a == b).all()) for a, b in pairs)
+        if not self._on_host:
+            return bool(_all_equal(now, self._values))
+        places = [np.asarray(value).__array_interface__["data"][0] for value in now]
+        moved = [i for i, (place, before) in enumerate(zip(places, self._places, strict=True)) if place != before]
+        return all(np.array_equal(now[i], self._values[i]) for i in moved)
+
+
+def _reader(variables):
+    """Make a function that reads all variables at once; one by one it would take several times as long."""
+    if keras.backend.backend() == "jax":
+        return lambda: [variable.value for variable in variables]
+    values = [variable.value for variable in variables]
+    return tf.function(
+        lambda: [value.value() if callable(getattr(value, "value", None)) else value for value in values],
+        autograph=False,
+    )
+
+
+def _is_on_host(value) -> bool:
+    return keras.backend.backend() == "jax" or "CPU" in value.device
+
+
+@tf.function(autograph=False, reduce_retracing=True)
+def _all_equal(now, before):
+    """Compare where the values are, so that one truth value is moved and not all weights."""
+    return tf.reduce_all([tf.reduce_all(a == b) for a, b in zip(now, before, strict=True)])
