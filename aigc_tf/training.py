@@ -15,7 +15,7 @@ from .distribution import check_distribution, is_first_host, num_replicas
 from .fast_training import fast_training
 from .files import locked
 from .optimization import WarmupStableDecay, adamw
-from .text import documents_sha256
+from .text import check_documents, documents_sha256
 from .tokenizer import Tokenizer, check_vocabulary
 
 
@@ -96,6 +96,7 @@ def train(
     for name, value in (("checkpoint_minutes", checkpoint_minutes), ("checkpoint_steps", checkpoint_steps)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, or None, got {value}.")
+    check_documents(valid_documents)
     if not valid_documents:
         raise ValueError("Training needs at least one held-out document to choose the best weights by, got none.")
     batch_size, context = train_data.element_spec[0].shape

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import tracemalloc
 import warnings
 
 import pytest
@@ -236,3 +237,13 @@ def test_a_store_is_filled_from_files(tmp_path):
 def test_a_path_that_is_missing_is_said_before_anything_is_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.txt"):
         iter_documents([write(tmp_path / "a.txt", "春"), tmp_path / "no.txt"])
+
+
+def test_reading_takes_little_more_memory_than_the_documents(tmp_path):
+    file = write(tmp_path / "a.txt", "\n\n".join(f"{i}" + "春眠不觉晓，" * 16 for i in range(10_000)) + "\n\n🐉")
+    load_documents(file)
+    tracemalloc.start()
+    load_documents(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * file.stat().st_size

@@ -209,6 +209,7 @@ def test_a_long_run_takes_no_longer_than_its_length(blank):
 def test_one_text_is_not_taken_for_documents(tokenizer):
     text = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
     model = aigc_tf.lstm(tokenizer.vocab_size, 4, num_layers=1, hidden_dim=8)
+    data = aigc_tf.make_dataset([text], tokenizer, 4, 1, seed=0)
     for one in (text, text.encode(), pathlib.Path("poems.txt")):
         for use in (
             aigc_tf.split,
@@ -220,6 +221,7 @@ def test_one_text_is_not_taken_for_documents(tokenizer):
             lambda text: aigc_tf.initialise(model, tokenizer, text),
             lambda text: aigc_tf.kneser_ney(text, tokenizer),
             lambda text: aigc_tf.evaluate(model, tokenizer, text),
+            lambda text: aigc_tf.train(model, data, tokenizer, text, steps=1),
             lambda text: aigc_tf.baselines(tokenizer, text, [text]),
             lambda text: aigc_tf.baselines(tokenizer, [text], text),
         ):
