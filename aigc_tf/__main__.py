@@ -3,8 +3,10 @@
 Each is a thin layer over the Python functions of the same name.
 """
 
+import itertools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from .parser import make_parser
@@ -23,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = make_parser().parse_args(arguments)
     try:
+        if getattr(options, "config", None):
+            options = make_parser(_read_settings(Path(options.config))).parse_args(arguments)
         _COMMANDS[options.command](options)
         return 0
     except KeyboardInterrupt:
@@ -48,23 +52,49 @@ def _one_line(error: Exception) -> str:
 
 
 def _demo(options) -> None:
-    from .demo import run_demo
+    from .demo import is_unfinished, run_demo
 
-    folder = _new_folder(options.out, "demo")
-    run_demo(folder, steps_fraction=options.steps_fraction, seed=options.seed)
+    def run(folder):
+        run_demo(folder, steps_fraction=options.steps_fraction, seed=options.seed)
+
+    _in_a_folder(run, options.out, "demo", is_unfinished)
 
 
 def _train(options) -> None:
     from .distribution import use_devices
-    from .pipeline import run_pipeline
+    from .pipeline import is_unfinished, run_pipeline
 
     if options.devices is not None or options.model_parallel > 1:
         print(use_devices(options.devices or None, model_parallel=options.model_parallel, precision=options.precision))
-    folder = _new_folder(options.out, f"{_stem(options)}-{options.model}")
     names = ("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints")
-    checkpoints = {name: getattr(options, name) for name in names}
-    run_pipeline(_documents(options), folder, **_pipeline_settings(options), **checkpoints)
+    settings = {**_pipeline_settings(options), **{name: getattr(options, name) for name in names}}
+    documents = None
+
+    def run(folder):
+        nonlocal documents
+        documents = documents or _documents(options)
+        run_pipeline(documents, folder, **settings)
+
+    folder = _in_a_folder(run, options.out, f"{_stem(options)}-{options.model}", is_unfinished)
     print(f"kept in {folder}; write with it: aigc-tf generate {folder} ...")
+
+
+def _read_settings(file: Path) -> dict:
+    """Read the settings of a run from its run.json, or from a JSON file of settings alone."""
+    import json
+
+    from .files import read_text
+    from .search_space import check_settings
+
+    text = read_text(file)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON, but: {error}.") from None
+    settings = content.get("settings", content) if isinstance(content, dict) else content
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} must hold settings by name, got {type(settings).__name__}.")
+    return check_settings(settings)
 
 
 def _stem(options) -> str:
@@ -92,18 +122,27 @@ def _documents(options) -> list[str]:
 
 def _estimate(options) -> None:
     from .estimation import describe, estimate, memory_warning
+    from .pipeline import usual_steps
     from .text import split
     from .tokenizer import Tokenizer
 
-    documents = _documents(options)
-    train_documents, _ = split(documents, options.valid_fraction)
+    train_documents, valid_documents = split(_documents(options), options.valid_fraction)
     tokenizer = Tokenizer.train(train_documents, options.unit, options.vocab_size)
-    names = ("context", "batch_size", "steps", "num_layers", "num_heads", "hidden_dim", "dropout", "precision",
+    num_tokens = {
+        f"{side}_tokens": sum(map(len, tokenizer.encode_documents(documents)))
+        for side, documents in (("train", train_documents), ("valid", valid_documents))
+    }
+    tokens_per_step = options.context * options.batch_size
+    steps = usual_steps(num_tokens["train_tokens"], tokens_per_step) if options.steps is None else options.steps
+    names = ("context", "batch_size", "num_layers", "num_heads", "hidden_dim", "dropout", "precision",
              "num_candidates")  # fmt: skip
-    settings = {"vocab_size": tokenizer.vocab_size, **{name: getattr(options, name) for name in names}}
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"vocab_size": tokenizer.vocab_size, "steps": steps, **num_tokens}
     if warning := memory_warning(options.model, options.size, **settings):
         print(f"warning: {warning}")
     figures = estimate(options.model, options.size, **settings, seconds=options.seconds, watts=options.watts)
+    passes = steps * tokens_per_step / num_tokens["train_tokens"]
+    print(f"{num_tokens['train_tokens']:,} tokens to learn from, seen {passes:.3g} times in {steps:,} steps")
     print(describe(figures))
     if "hours" in figures and "watts" not in figures:
         print("kilowatt hours: this system does not tell its power; name it with --watts")
@@ -194,21 +233,28 @@ def _info(options) -> None:
     print(json.dumps(read_run(options.folder) if options.folder else versions(), ensure_ascii=False, indent=1))
 
 
-def _new_folder(name: str | None, default: str) -> Path:
-    """Choose the folder of a run: the one named, or one under runs/; a new one, or one whose training is not done."""
-    from .checkpoints import CHECKPOINTS
+def _in_a_folder(run: Callable[[Path], None], name: str | None, default: str, is_unfinished) -> Path:
+    """Run in the folder named, or in one under runs/: a new one, or one to go on in. Return it."""
 
-    def is_free(folder):
-        return not folder.exists() or (folder / CHECKPOINTS).is_dir()
+    def serves(folder):
+        return not folder.exists() or (folder.is_dir() and (is_unfinished(folder) or not any(folder.iterdir())))
 
-    if name is None:
-        candidates = [Path("runs", default), *(Path("runs", f"{default}-{i}") for i in range(2, 1000))]
-        folder = next(filter(is_free, candidates))
-    else:
+    if name is not None:
         folder = Path(name)
-        if not is_free(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        if not serves(folder):
             raise FileExistsError(f"{folder} exists and is not empty. Name another folder with --out.")
-    return folder
+        run(folder)
+        return folder
+    for i in itertools.count(1):
+        folder = Path("runs", f"{default}-{i}" if i > 1 else default)
+        if serves(folder):
+            try:
+                run(folder)
+                return folder
+            except BlockingIOError as error:  # another process is at work there
+                if error.filename != str(folder):
+                    raise
+    raise AssertionError("there is always a next name")
 
 
 _COMMANDS = {

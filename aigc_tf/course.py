@@ -14,7 +14,7 @@ import numpy as np
 from .checkpoints import CHECKPOINTS, delete_unfinished, read_newest, require_same, write_checkpoint
 from .devices import keras, tf
 from .distribution import hosts_are_to_stop, is_first_host, num_hosts
-from .evaluation import evaluate_scorer, scorer
+from .evaluation import VALIDATION_TOKENS, evaluate_scorer, sample_documents, scorer, scorer_batches
 from .files import write_beside
 from .live import in_notebook
 
@@ -75,7 +75,9 @@ class Course(keras.callbacks.Callback):
     ):
         super().__init__()
         self.language_model = model
-        self.scoring, self.tokenizer, self.documents = scorer(model), tokenizer, documents
+        self.scoring = scorer(model)
+        self.documents = sample_documents(documents, tokenizer, VALIDATION_TOKENS)
+        self.batches = list(scorer_batches(self.scoring, tokenizer, self.documents))
         self.schedule, self.display = schedule, display
         self.steps, self.steps_per_validation = steps, steps_per_validation
         self.tokens_per_step, self.num_microbatches = tokens_per_step, num_microbatches
@@ -87,7 +89,7 @@ class Course(keras.callbacks.Callback):
         self.has_told = False
         self.received = None  # the signal to stop by
         self.looks = 0
-        self.arrays = None  # of the checkpoint to go on after
+        self.arrays = None  # of the checkpoint to go on after, or of the `fit` before
         self.newest_checkpoint = None
 
     # --- checkpoints ---
@@ -126,14 +128,19 @@ class Course(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if self.arrays:
-            for kind, variables in self._variables().items():
-                for variable, value in zip(variables, self.arrays[kind], strict=True):
+            variables = self._variables()
+            for kind in variables.keys() & self.arrays.keys():
+                for variable, value in zip(variables[kind], self.arrays[kind], strict=True):
                     variable.assign(value)
             self.arrays = None
         self.first_step = self.step
         if self.began is None:
             self.began = self.interval_began = self.checkpoint_ended = self.looked = time.perf_counter()
             self.begin_step = self.interval_first_step = self.step
+
+    def keep_metrics(self) -> None:
+        """Let the sum of the losses go on in the next `fit`, which would begin with none."""
+        self.arrays = {"metrics": [keras.ops.convert_to_numpy(v) for v in self._variables()["metrics"]]}
 
     def _write_checkpoint(self) -> None:
         began = time.perf_counter()
@@ -158,7 +165,7 @@ class Course(keras.callbacks.Callback):
         if self.folder is None:
             return False
         wait = max(60 * (self.every_minutes or math.inf), self.seconds_writing / _CHECKPOINTS_SHARE)
-        is_by_step = self.every_steps is not None and self.step % self.every_steps == 0
+        is_by_step = self.every_steps is not None and self._passed(self.every_steps)
         return is_by_step or self.step == self.steps or time.perf_counter() - self.checkpoint_ended > wait
 
     def _last_good(self, noun: str) -> str:
@@ -168,11 +175,12 @@ class Course(keras.callbacks.Callback):
     # --- steps ---
 
     def on_train_batch_end(self, batch, logs=None):
-        self.step = self.first_step + (batch + 1) // self.num_microbatches
+        # Of a block of steps, which an accelerator takes without a look from Python, the last.
+        self.step_before, self.step = self.step, self.first_step + (batch + 1) // self.num_microbatches
         self.looks += 1
         if hosts_are_to_stop(self.looks):
             self.received = signal.SIGTERM
-        if self.step % self.steps_per_validation == 0 or self.step == self.steps:
+        if self._passed(self.steps_per_validation) or self.step == self.steps:
             self._validate(logs)
         elif time.perf_counter() - self.looked > 0.2:  # each look waits for the device
             self._check_is_number("loss", float(logs["loss"]))
@@ -188,11 +196,15 @@ class Course(keras.callbacks.Callback):
             if self.received == signal.SIGINT and self.history["step"][-1:] != [self.step]:
                 self._validate(logs)
 
+    def _passed(self, every: int) -> bool:
+        """Tell whether a step that is a multiple of `every` was among the last."""
+        return self.step // every > self.step_before // every
+
     def _validate(self, logs) -> None:
         ended, loss = time.perf_counter(), float(logs["loss"])
         self._check_is_number("loss", loss)
         trained = self.model  # on JAX this brings the weights up to date
-        bits = evaluate_scorer(self.scoring, self.tokenizer, self.documents)["bits_per_char"]
+        bits = evaluate_scorer(self.scoring, self.batches, self.documents, self._show_validation)["bits_per_char"]
         self._check_is_number("bits per character on the held-out documents", bits)
         is_best = bits < min(self.history["bits_per_char"], default=math.inf)
         if is_best:
@@ -221,6 +233,9 @@ class Course(keras.callbacks.Callback):
             self.summaries.flush()
         trained.reset_metrics()
         self.interval_began, self.interval_first_step = time.perf_counter(), self.step
+
+    def _show_validation(self, done: int) -> None:
+        self.display.live(f"{self._position()}  validating {done / len(self.batches):.0%}")
 
     def _write_log(self) -> None:
         text = io.StringIO(newline="")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .files import write_json
+from .files import rename, write_json
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # a store needs NumPy alone
@@ -64,6 +64,8 @@ def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, proces
                 digest.update(ids.tobytes())
                 num_tokens += len(ids)
                 num_documents += 1
+            file.flush()
+            os.fsync(file.fileno())
         manifest = {
             **_FORMAT,
             "dtype": dtype.name,
@@ -74,7 +76,7 @@ def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, proces
         }
         write_json(folder / _MANIFEST, manifest)
         os.chmod(folder, 0o755)  # mkdtemp's folder is for its maker's eyes alone
-        folder.rename(path)
+        rename(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -4,16 +4,16 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .checkpoints import delete_checkpoints
+from .checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
 from .dataset import make_dataset
 from .devices import keras
 from .documents import load_documents
 from .evaluation import baselines, evaluate
-from .files import shipped_file
+from .files import LOCK, locked, shipped_file
 from .generation import generate_batch
 from .initialisation import initialise
 from .models import lstm, transformer
-from .saving import save
+from .saving import load, read_run, save
 from .text import documents_sha256, split
 from .tokenizer import Tokenizer
 from .training import train
@@ -47,7 +47,7 @@ def run_demo(
     """Train both models on the shipped poems, compare them on held-out poems, and let them write.
 
     Args:
-        folder: where the run folders `transformer` and `lstm` go.
+        folder: where the run folders `transformer` and `lstm` go, or those of a demo to go on with are.
         steps_fraction: the share of the usual training steps to do.
         seed: the seed of everything.
         show: what to do with each line of text for the reader.
@@ -56,7 +56,9 @@ def run_demo(
         The figures of each model, and under "baselines" those of the baselines.
 
     Raises:
-        ValueError: `steps_fraction` is not above 0.
+        ValueError: `steps_fraction` is not above 0, or the folder holds another demo.
+        BlockingIOError: a demo is going on in the folder.
+        KeyboardInterrupt: Ctrl-C. The same call goes on.
     """
     if not steps_fraction > 0:
         raise ValueError(f"steps_fraction must be above 0, got {steps_fraction}.")
@@ -70,30 +72,59 @@ def run_demo(
     )
     data = {"documents": len(poems), "characters": num_chars, "sha256": documents_sha256(poems)}
     figures, samples = {}, {}
-    for name, plan in MODELS.items():
-        steps = max(1, round(plan["steps"] * steps_fraction))
-        settings = {"steps": steps, "learning_rate": plan["learning_rate"], "batch_size": BATCH_SIZE, "seed": seed}
-        model = initialise(plan["build"](tokenizer.vocab_size, CONTEXT, seed=seed), tokenizer, train_poems, seed)
-        show(f"\n{name}: {model.count_params():,} parameters, {steps} steps of {BATCH_SIZE} x {CONTEXT} tokens")
-        train(
-            model,
-            make_dataset(train_poems, tokenizer, CONTEXT, BATCH_SIZE, seed),
-            tokenizer,
-            valid_poems,
-            steps=steps,
-            learning_rate=plan["learning_rate"],
-            validations=5,
-            run_dir=Path(folder, name),
-        )
-        samples[name] = generate_batch(model, tokenizer, [""] * _NUM_SAMPLES, max_new_tokens=CONTEXT, seed=seed)
-        figures[name] = evaluate(model, tokenizer, valid_poems)
-        figures[name]["well_formed"] = sum(map(is_quatrain, samples[name])) / _NUM_SAMPLES
-        save(Path(folder, name), model, tokenizer, settings=settings, data=data, figures=figures[name])
-        delete_checkpoints(Path(folder, name))
-        keras.backend.clear_session()
-    figures["baselines"] = baselines(tokenizer, train_poems, valid_poems)
-    _show_results(figures, samples, folder, show)
+    with locked(folder):
+        for name, plan in MODELS.items():
+            run_folder = Path(folder, name)
+            steps = max(1, round(plan["steps"] * steps_fraction))
+            settings = {"steps": steps, "learning_rate": plan["learning_rate"], "batch_size": BATCH_SIZE, "seed": seed}
+            if _is_done(run_folder):
+                _require_same(run_folder, {"settings": settings, "data": data})
+                show(f"\n{name}: done before, kept in {run_folder}")
+                model, _ = load(run_folder)
+            else:
+                model = initialise(
+                    plan["build"](tokenizer.vocab_size, CONTEXT, seed=seed), tokenizer, train_poems, seed
+                )
+                show(f"\n{name}: {model.count_params():,} parameters, {steps} steps of {BATCH_SIZE} x {CONTEXT} tokens")
+                history = train(
+                    model,
+                    make_dataset(train_poems, tokenizer, CONTEXT, BATCH_SIZE, seed),
+                    tokenizer,
+                    valid_poems,
+                    steps=steps,
+                    learning_rate=plan["learning_rate"],
+                    validations=5,
+                    run_dir=run_folder,
+                )
+                if history["step"][-1] < steps:
+                    show(f"stopped after {history['step'][-1]:.0f} of {steps} steps; the same again goes on there")
+                    raise KeyboardInterrupt
+            samples[name] = generate_batch(model, tokenizer, [""] * _NUM_SAMPLES, max_new_tokens=CONTEXT, seed=seed)
+            figures[name] = evaluate(model, tokenizer, valid_poems)
+            figures[name]["well_formed"] = sum(map(is_quatrain, samples[name])) / _NUM_SAMPLES
+            if not _is_done(run_folder):
+                save(run_folder, model, tokenizer, settings=settings, data=data, figures=figures[name])
+                delete_checkpoints(run_folder)
+            keras.backend.clear_session()
+        figures["baselines"] = baselines(tokenizer, train_poems, valid_poems)
+        _show_results(figures, samples, folder, show)
     return figures
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Tell whether a folder holds a demo to go on with, and nothing else."""
+    names = {path.name for path in folder.iterdir()}
+    return names <= {LOCK, *MODELS} and not all(_is_done(folder / name) for name in MODELS)
+
+
+def _is_done(run_folder: Path) -> bool:
+    return (run_folder / "run.json").exists() and not list_checkpoints(run_folder / CHECKPOINTS)
+
+
+def _require_same(run_folder: Path, now: dict) -> None:
+    before = read_run(run_folder)
+    if any(before.get(name) != value for name, value in now.items()):
+        raise ValueError(f"{run_folder} is of a demo with other steps, seed or poems. Name another folder.")
 
 
 def _show_results(figures, samples, folder, show) -> None:

@@ -7,13 +7,17 @@ import time
 import numpy as np
 
 from .devices import keras, tf
-from .distribution import known_precision
+from .distribution import known_precision, predict
+from .evaluation import FINAL_TOKENS, VALIDATION_TOKENS, batch_rows, scorer
 from .fast_training import fast_training
 from .hardware import available_bytes, gpu_watts, process_bytes, processor_joules
 from .models import build
 from .sizes import at_least_1, dimensions
 from .training import check_candidates, compile_model, phases, usual_candidates
 
+# What `initialise` and `baselines` take for each token that they count, measured with 21 MB of text, and of how many
+# tokens they do.
+_COUNTING_BYTES, _COUNTED_TOKENS = 118, 10_000_000
 _WARMUP_STEPS = 3  # the first compiles, the next two still warm up
 # What TensorFlow takes beside the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:
 # once, and for each layer.
@@ -34,6 +38,9 @@ def estimate(
     dropout: float = 0.1,
     precision: str = "auto",
     num_candidates: int | None = None,
+    train_tokens: int = 0,
+    valid_tokens: int = 0,
+    validations: int = 10,
     seconds: float = 10.0,
     watts: float | None = None,
 ) -> dict[str, float]:
@@ -58,6 +65,10 @@ def estimate(
         dropout: see `transformer` and `lstm`; for the measurement, the formulas take it as given.
         precision: "float32", "mixed_bfloat16", "mixed_float16", or "auto", see `run_pipeline`.
         num_candidates: see `train`; for the measurement, the formulas tell of steps over all tokens.
+        train_tokens: the tokens to learn from, which are counted before and after the training.
+        valid_tokens: the tokens of the held-out documents. A training validates on at most some 200,000 of them, and
+            a run is measured on at most 1,000,000 in the end.
+        validations: how often, see `train`.
         seconds: how long to measure; 0 measures nothing.
         watts: the power that the machine draws while it trains; by default it is read where the system
             tells (RAPL counters of the processor, `nvidia-smi` of a GPU).
@@ -66,10 +77,11 @@ def estimate(
         `dict[str, float]`: "parameters"; "forward_flops_per_token", "train_flops_per_token" (three times as
         many) and "train_flops" of all steps; in bytes "weights_bytes", "gradients_bytes", "optimizer_bytes"
         (AdamW's two moments), "activations_bytes" (kept for the backward pass, logits among them),
-        "overhead_bytes" (temporaries, graph, allocator), "runtime_bytes" (this process as it is now), their
-        sum "peak_memory_bytes", "generation_bytes_per_text" (KV cache or LSTM state), and
-        "available_memory_bytes" (missing where the system does not tell, as on macOS). If measured: "num_candidates",
-        "step_seconds" (the median; of steps among candidates and others the mean), "tokens_per_second", "hours"; and
+        "overhead_bytes" (temporaries, graph, allocator), "runtime_bytes" (this process as it is now; 0 if the system
+        does not tell), their sum, or what the counting of `train_tokens` takes if that is more, "peak_memory_bytes",
+        "generation_bytes_per_text" (KV cache or LSTM state), and "available_memory_bytes" (missing where the system
+        does not tell, as on macOS). If measured: "num_candidates", "step_seconds" (the median; of steps among
+        candidates and others the mean), "tokens_per_second", "validation_hours", "hours" (steps and validations); and
         if power is known: "watts", "kilowatt_hours".
 
     Raises:
@@ -111,7 +123,11 @@ def estimate(
         "overhead_bytes": graph + graph_per_layer * chosen["num_layers"] + 4 * parameters + temporaries,  # best weights
         "runtime_bytes": process_bytes() or 0.0,
     }
-    figures["peak_memory_bytes"] = sum(value for name, value in figures.items() if name.endswith("_bytes"))
+    counting = (
+        _COUNTING_BYTES * min(train_tokens, _COUNTED_TOKENS) + figures["weights_bytes"] + figures["runtime_bytes"]
+    )
+    training = sum(value for name, value in figures.items() if name.endswith("_bytes"))
+    figures["peak_memory_bytes"] = max(training, counting)
     figures["generation_bytes_per_text"] = cache
     if (available := available_bytes()) is not None:
         figures["available_memory_bytes"] = available
@@ -120,11 +136,14 @@ def estimate(
         if num_candidates is None:
             num_candidates = usual_candidates(built, batch_size * context, vocab_size)
         step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, steps, num_candidates, seconds)
+        evaluated = validations * min(valid_tokens, VALIDATION_TOKENS) + min(valid_tokens, FINAL_TOKENS)
+        validation_seconds = evaluated * _seconds_per_token(built, vocab_size, context, seconds) if evaluated else 0.0
         del built
         figures["num_candidates"] = num_candidates
         figures["step_seconds"] = step_seconds
         figures["tokens_per_second"] = batch_size * context / step_seconds
-        figures["hours"] = step_seconds * steps / 3600
+        figures["validation_hours"] = validation_seconds / 3600
+        figures["hours"] = (step_seconds * steps + validation_seconds) / 3600
         watts = read_watts if watts is None else watts
         if watts is not None:
             figures["watts"], figures["kilowatt_hours"] = watts, figures["hours"] * watts / 1000
@@ -265,6 +284,19 @@ def _measure(
         watts = timer.watts if timer.watts is not None else watts
         end_before = phase.end
     return step_seconds, watts
+
+
+def _seconds_per_token(model, vocab_size: int, context: int, seconds: float) -> float:
+    """Evaluate random ids as a validation does, whose windows are full."""
+    scoring = scorer(model)
+    text = np.random.default_rng(0).integers(0, vocab_size, 64 * context, dtype=np.int32).reshape(64, context)
+    rows = text[: batch_rows(context, vocab_size)]
+    predict(scoring, [rows, rows])  # the first compiles
+    began, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - began < seconds / 10:
+        predict(scoring, [rows, rows])
+        done += rows.size
+    return (time.perf_counter() - began) / done
 
 
 class _Timer(keras.callbacks.Callback):

@@ -30,7 +30,7 @@ _KINDS = (
     (b"\xff\xfe", "UTF-16", _UTF16),
     (b"\xfe\xff", "UTF-16", _UTF16),
 )
-_LOCK = ".lock"
+LOCK = ".lock"
 _held: dict[Path, int] = {}  # a folder that this process has locked -> the thread that did
 
 
@@ -111,7 +111,7 @@ def locked(folder) -> Iterator[None]:
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    file = _open_locked(folder / _LOCK)
+    file = _open_locked(folder / LOCK)
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -11,8 +11,12 @@ class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if has_default else action.help
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Describe the commands and their options; `command` is the name of the one given."""
+def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
+    """Describe the commands and their options; `command` is the name of the one given.
+
+    Args:
+        train_settings: the defaults of `train`, by the names of `run_pipeline`, where they are not the usual ones.
+    """
     parser = argparse.ArgumentParser(
         prog="aigc-tf",
         description="Train language models on Chinese text, measure them, and let them write.",
@@ -49,6 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="a new folder for the run, or that of a training to go on with (default: one under runs/)",
     )
+    train.add_argument(
+        "--config", metavar="FILE", help="a run.json: train with its settings, but for the options that are given"
+    )
     _add_model(train)
     train.add_argument("--user-dict", metavar="FILE", help="a jieba user dictionary, for --unit word")
     train.add_argument(
@@ -71,6 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint-minutes", type=float, default=5.0, metavar="M", help="minutes between checkpoints")
     train.add_argument("--checkpoint-steps", type=int, metavar="N", help="steps between checkpoints")
     train.add_argument("--keep-checkpoints", type=int, default=2, metavar="K", help="how many of the newest to keep")
+
+    train.set_defaults(**(train_settings or {}))
 
     estimate = add(
         "estimate",
@@ -199,7 +208,12 @@ def _add_model(command) -> None:
     add("--valid-fraction", type=float, default=0.05, metavar="F", help="share of held-out documents")
     add("--context", type=int, default=128, metavar="T", help="tokens the model looks back")
     add("--batch-size", type=int, default=16, metavar="B", help="windows in a step")
-    add("--steps", type=int, default=2000, metavar="N", help="training steps")
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="training steps (default: nine passes over the text, but from 500 to 10,000 steps)",
+    )
     add("--num-candidates", type=int, metavar="C", help="tokens that the softmax runs over in most steps, 0 for all")
     add(
         "--precision",

@@ -1,20 +1,32 @@
 """The pipeline: run_pipeline(), the six steps from documents to a run folder in one call."""
 
+import contextlib
+import hashlib
 import inspect
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
-from .checkpoints import delete_checkpoints
-from .dataset import make_dataset, make_store
-from .distribution import is_first_host, known_precision, num_replicas
+from . import __version__
+from .checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
+from .dataset import make_dataset, make_store, open_store
+from .distribution import is_first_host, known_precision, num_hosts, num_replicas
 from .estimation import memory_warning
-from .evaluation import baselines, evaluate
+from .evaluation import FINAL_TOKENS, baselines, evaluate, sample_documents
+from .files import LOCK, locked
 from .generation import generate
 from .initialisation import initialise
 from .models import build
-from .saving import save
+from .saving import add_to_run, save
 from .segmentation import as_user_dict, remove_stopwords
 from .text import MOST_CHARS, documents_sha256, split
 from .tokenizer import Tokenizer, usual_processes
 from .training import train
+
+_PASSES, _LEAST_STEPS, _MOST_STEPS = 9, 500, 10_000
+_OF_A_TRAINING = {LOCK, CHECKPOINTS, "log.csv", "tensorboard"}
 
 
 def run_pipeline(
@@ -34,7 +46,7 @@ def run_pipeline(
     valid_fraction: float = 0.05,
     context: int = 128,
     batch_size: int = 16,
-    steps: int = 2000,
+    steps: int | None = None,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.1,
     validations: int = 10,
@@ -45,6 +57,7 @@ def run_pipeline(
     checkpoint_minutes: float | None = 5.0,
     checkpoint_steps: int | None = None,
     keep_checkpoints: int = 2,
+    text_dir=None,
     progress: bool = True,
 ) -> dict[str, float]:
     """Preprocess, build, initialise, train, evaluate, predict: from documents to a run folder.
@@ -72,7 +85,7 @@ def run_pipeline(
         valid_fraction: the share of held-out documents.
         context: T, the tokens the model looks back.
         batch_size: B, the windows in a step.
-        steps: the number of training steps.
+        steps: the number of training steps; None takes nine passes over the text, but from 500 to 10,000 steps.
         learning_rate: see `train`.
         weight_decay: see `train`.
         validations: see `train`.
@@ -84,15 +97,19 @@ def run_pipeline(
         checkpoint_minutes: see `train`.
         checkpoint_steps: see `train`.
         keep_checkpoints: see `train`.
+        text_dir: a folder for the tokenizer and the token ids of the text, which are not made anew where they are
+            there: for several runs on one text. None keeps them with the checkpoints.
         progress: show on standard output what happens.
 
     Returns:
-        What `evaluate` tells of the held-out documents, and "steps_done". The run folder also holds the
-        settings, the baselines and a first text ("sample" in `run.json`).
+        What `evaluate` tells of the held-out documents, of at most some 1,000,000 tokens of them ("documents" and
+        "tokens" say how many), and "steps_done". The run folder also holds the settings, the baselines and a first
+        text ("sample" in `run.json`).
 
     Raises:
         ValueError: a setting is out of range, two do not go together, or the checkpoints in the folder are of another
             training.
+        BlockingIOError: another training is going on in the folder.
     """
     given = locals()
     settings = {name: given[name] for name in SETTINGS}
@@ -101,98 +118,162 @@ def run_pipeline(
         raise ValueError('user_dict is for unit="word": characters need no dictionary.')
     settings["user_dict"] = user_dict = as_user_dict(user_dict)
     settings["precision"] = precision = known_precision(precision)
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
 
-    # 1. preprocess
-    train_documents, valid_documents = split(documents, valid_fraction)
-    num_chars = sum(map(len, documents))
-    show(
-        f"{len(documents):,} documents, {num_chars:,} characters: {len(train_documents):,} documents to learn "
-        f"from, {len(valid_documents):,} held out"
-    )
-    if len(train_documents) + len(valid_documents) > len(documents):
-        show(f"documents of over {MOST_CHARS:,} characters are cut at line ends, and their pieces are divided")
-    if stopwords:
-        train_documents, share = remove_stopwords(train_documents, stopwords)
+    with locked(folder) if is_first_host() else contextlib.nullcontext(), _tidied(folder):
+        # 1. preprocess
+        train_documents, valid_documents = split(documents, valid_fraction)
+        num_chars = sum(map(len, documents))
         show(
-            f"stopwords: {share:.1%} of the words to learn from are gone, and the model does not learn to write them; "
-            "the held-out documents stay whole"
+            f"{len(documents):,} documents, {num_chars:,} characters: {len(train_documents):,} documents to learn "
+            f"from, {len(valid_documents):,} held out"
         )
+        if len(train_documents) + len(valid_documents) > len(documents):
+            show(f"documents of over {MOST_CHARS:,} characters are cut at line ends, and their pieces are divided")
+        if stopwords:
+            train_documents, share = remove_stopwords(train_documents, stopwords)
+            show(
+                f"stopwords: {share:.1%} of the words to learn from are gone, and the model does not learn to write "
+                "them; the held-out documents stay whole"
+            )
+        text_dir = Path(folder, CHECKPOINTS, "text") if text_dir is None else Path(text_dir)
+        tokenizer, ids = _encode(train_documents, unit, vocab_size, user_dict, text_dir)
+        train_data = make_dataset(ids, tokenizer, context, batch_size, seed)
+        settings["steps"] = steps = steps or usual_steps(len(ids), batch_size * context)
+
+        dimensions = {
+            "num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim, "precision": precision
+        }  # fmt: skip
+        sizes = {"vocab_size": tokenizer.vocab_size, "context": context, "steps": steps, "train_tokens": len(ids)}
+        sizes["batch_size"] = max(1, batch_size // num_microbatches // num_replicas())
+        if warning := memory_warning(model, size, **sizes, **dimensions, dropout=dropout):
+            show(f"warning: {warning}")
+
+        # 2. build, and 3. initialise: the seed draws the weights, and the text has its say in the embedding
+        language_model = build(
+            model,
+            tokenizer.vocab_size,
+            context,
+            size,
+            **dimensions,
+            dropout=dropout,
+            seed=seed,
+        )
+        initialise(language_model, tokenizer, ids, seed)
+        passes = steps * batch_size * context / len(ids)
+        show(
+            f"{model}: {language_model.count_params():,} parameters, a vocabulary of {tokenizer.vocab_size:,} tokens, "
+            f"{len(ids):,} tokens to learn from, seen {passes:.3g} times in {steps:,} steps"
+        )
+
+        # 4. train
+        history = train(
+            language_model,
+            train_data,
+            tokenizer,
+            valid_documents,
+            steps=steps,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            validations=validations,
+            num_microbatches=num_microbatches,
+            num_candidates=num_candidates,
+            run_dir=folder,
+            checkpoint_minutes=checkpoint_minutes,
+            checkpoint_steps=checkpoint_steps,
+            keep_checkpoints=keep_checkpoints,
+            progress=progress,
+        )
+        steps_done = history["step"][-1]
+        if steps_done < steps:
+            show(
+                f"stopped after {steps_done:.0f} of {steps} steps; what was learned is kept, and the same again goes on"
+            )
+        data = {"documents": len(documents), "characters": num_chars, "sha256": documents_sha256(documents)}
+        # First, as what comes now may fail.
+        save(folder, language_model, tokenizer, settings=settings, data=data, figures={"steps_done": steps_done})
+
+        # 5. evaluate, beside simpler models
+        measured = sample_documents(valid_documents, tokenizer, FINAL_TOKENS)
+        if len(measured) < len(valid_documents):
+            show(f"measured on {len(measured):,} of the {len(valid_documents):,} held-out documents")
+        figures = {**evaluate(language_model, tokenizer, measured), "steps_done": steps_done}
+        simpler = baselines(tokenizer, ids, measured)
+        for name, value in {**figures, **{f"bits_per_char of {name}": bits for name, bits in simpler.items()}}.items():
+            show(describe_figure(name, value))
+
+        # 6. predict
+        sample = generate(language_model, tokenizer, max_new_tokens=context, seed=seed)
+        show(f"\n{sample}\n")
+        add_to_run(folder, figures=figures, baselines=simpler, sample=sample)
+        if steps_done == steps and is_first_host():
+            delete_checkpoints(folder)
+        return figures
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Tell whether a folder holds a run to go on with, and nothing that would be lost by it."""
+    if list_checkpoints(folder / CHECKPOINTS):
+        return True
+    # One that was killed before it had any, or whose lock has just been made.
+    return not (folder / "run.json").exists() and {p.name for p in folder.iterdir()} <= _OF_A_TRAINING
+
+
+@contextlib.contextmanager
+def _tidied(folder) -> Iterator[None]:
+    """Leave nothing of a run that ends in a mistake before it has a checkpoint."""
+    checkpoints = Path(folder, CHECKPOINTS)
+    try:
+        yield
+    except ValueError:
+        if is_first_host() and not list_checkpoints(checkpoints):
+            delete_checkpoints(folder)
+        raise
+
+
+def _encode(documents: list[str], unit: str, vocab_size: int | None, user_dict, folder: Path):
+    """Train the tokenizer and encode the documents to learn from, or take what an earlier start kept in `folder`."""
+    num_chars = sum(map(len, documents))
     processes = usual_processes(num_chars, unit, user_dict)
-    tokenizer = Tokenizer.train(train_documents, unit, vocab_size, user_dict=user_dict, processes=processes)
-    ids = make_store(train_documents, tokenizer, processes=processes)
-    train_data = make_dataset(ids, tokenizer, context, batch_size, seed)
 
-    dimensions = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim, "precision": precision}
-    sizes = {"vocab_size": tokenizer.vocab_size, "context": context, "steps": steps}
-    sizes["batch_size"] = max(1, batch_size // num_microbatches // num_replicas())
-    if warning := memory_warning(model, size, **sizes, **dimensions, dropout=dropout):
-        show(f"warning: {warning}")
+    def trained():
+        return Tokenizer.train(documents, unit, vocab_size, user_dict=user_dict, processes=processes)
 
-    # 2. build, and 3. initialise: the seed draws the weights, and the text has its say in the embedding
-    language_model = build(
-        model,
-        tokenizer.vocab_size,
-        context,
-        size,
-        **dimensions,
-        dropout=dropout,
-        seed=seed,
-    )
-    initialise(language_model, tokenizer, ids, seed)
-    passes = steps * batch_size * context / len(ids)
-    show(
-        f"{model}: {language_model.count_params():,} parameters, a vocabulary of {tokenizer.vocab_size:,} tokens, "
-        f"{len(ids):,} tokens to learn from, seen {passes:.1f} times in {steps:,} steps"
-    )
-
-    # 4. train
-    history = train(
-        language_model,
-        train_data,
-        tokenizer,
-        valid_documents,
-        steps=steps,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        validations=validations,
-        num_microbatches=num_microbatches,
-        num_candidates=num_candidates,
-        run_dir=folder,
-        checkpoint_minutes=checkpoint_minutes,
-        checkpoint_steps=checkpoint_steps,
-        keep_checkpoints=keep_checkpoints,
-        progress=progress,
-    )
-    steps_done = history["step"][-1]
-    if steps_done < steps:
-        show(f"stopped after {steps_done:.0f} of {steps} steps; what was learned is kept, and the same again goes on")
-
-    # 5. evaluate, beside simpler models
-    figures = {**evaluate(language_model, tokenizer, valid_documents), "steps_done": steps_done}
-    simpler = baselines(tokenizer, ids, valid_documents)
-    for name, value in {**figures, **{f"bits_per_char of {name}": bits for name, bits in simpler.items()}}.items():
-        show(describe_figure(name, value))
-
-    # 6. predict
-    sample = generate(language_model, tokenizer, max_new_tokens=context, seed=seed)
-    show(f"\n{sample}\n")
-    data = {"documents": len(documents), "characters": num_chars, "sha256": documents_sha256(documents)}
-    save(
-        folder,
-        language_model,
-        tokenizer,
-        settings=settings,
-        data=data,
-        figures=figures,
-        baselines=simpler,
-        sample=sample,
-    )
-    if steps_done == steps and is_first_host():
-        delete_checkpoints(folder)
-    return figures
+    if num_hosts() > 1:  # they may share the folder
+        tokenizer = trained()
+        return tokenizer, make_store(documents, tokenizer, processes=processes)
+    key = json.dumps([documents_sha256(documents), unit, vocab_size, user_dict, __version__])
+    folder = folder / hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    try:
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        return tokenizer, open_store(folder / "tokens", tokenizer)
+    except (FileNotFoundError, ValueError):  # none, or one that a power cut has left
+        shutil.rmtree(folder, ignore_errors=True)
+    tokenizer = trained()
+    ids = make_store(documents, tokenizer, folder / "tokens", processes)
+    tokenizer.save(folder / "tokenizer.json")
+    return tokenizer, ids
 
 
-_NOT_OF_THE_RESULT = ("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "progress")
+def usual_steps(num_tokens: int, tokens_per_step: int) -> int:
+    """Choose how long to train: nine passes over the text, but from 500 to 10,000 steps.
+
+    Args:
+        num_tokens: the tokens to learn from.
+        tokens_per_step: the tokens in a batch.
+
+    Returns:
+        The number of steps.
+
+    Example:
+        >>> usual_steps(455_000, 16 * 128)
+        2000
+    """
+    return min(max(math.ceil(_PASSES * num_tokens / tokens_per_step), _LEAST_STEPS), _MOST_STEPS)
+
+
+_NOT_OF_THE_RESULT = ("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints", "text_dir", "progress")
 # The settings of a run and their defaults, by name.
 SETTINGS = {
     name: parameter.default

@@ -70,6 +70,18 @@ def _check_name(name: str) -> None:
         raise ValueError(f"There is no setting {name!r}. The settings are {', '.join(SETTINGS)}.")
 
 
+def check_settings(settings: dict) -> dict:
+    """Refuse what is no setting of `run_pipeline` or has not its type, and return the others; None is the default."""
+    checked = {}
+    for name, value in settings.items():
+        _check_name(name)
+        if isinstance(value, list) and name == "user_dict" and all(isinstance(line, str) for line in value):
+            checked[name] = value  # its lines
+        elif value is not None:
+            checked[name] = _typed(name, value)
+    return checked
+
+
 def check_space(space: dict, fixed: dict) -> dict:
     """Refuse a space that cannot be searched, and return it with each value in its setting's type."""
     for name in (*space, *fixed):

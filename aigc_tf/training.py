@@ -46,6 +46,10 @@ def train(
     mixed precision. Ctrl-C ends the training early, after a last validation, and keeps what was learned; on several
     hosts it ends all processes, with a checkpoint.
 
+    The figures on held-out documents, by which the best weights are chosen, are of at most some 200,000 tokens of them,
+    in whole documents that a hash chooses, always the same ones. A GPU or TPU takes up to 16 steps at a time, and
+    validates, and writes checkpoints, after the block of steps in which it is due.
+
     With a `run_dir` nothing is lost: the same call again goes on after the newest checkpoint there, however
     the one before it ended, and on a CPU it ends with the weights and the history, bit for bit, that it would
     have ended with at once (its "tokens_per_second" apart).
@@ -182,22 +186,28 @@ def phases(
 def _run_phase(
     phase: Phase, course: Course, train_data, batch_size: int, num_microbatches: int, checkpoint_steps
 ) -> None:
-    first, num_steps = course.step, phase.end - course.step
+    num_steps = phase.end - course.step
     course.phase_end = phase.end
-    data = getattr(train_data, "from_step", train_data.skip)(first) if first else train_data
-    if num_microbatches > 1:
-        data = data.rebatch(batch_size // num_microbatches, drop_remainder=True)
-    at_once = _steps_at_once(num_steps, course.steps_per_validation, checkpoint_steps)
+    at_once = _steps_at_once(course.steps_per_validation, checkpoint_steps)
     with signals_stop(course), fast_training(phase.model, num_steps * course.tokens_per_step) as (trained, methods):
-        trained.steps_per_execution = num_microbatches * at_once
         course.tell([*methods, *phase.methods])
-        trained.fit(
-            phase.prepare(data, first * num_microbatches),
-            steps_per_epoch=num_steps * num_microbatches,
-            callbacks=[course],
-            shuffle=False,  # the data has its order; Keras would warn that it does not shuffle it
-            verbose=0,
-        )
+        for steps, block in _blocks(num_steps, at_once):
+            if course.received:
+                break
+            first = course.step
+            data = getattr(train_data, "from_step", train_data.skip)(first) if first else train_data
+            if num_microbatches > 1:
+                data = data.rebatch(batch_size // num_microbatches, drop_remainder=True)
+            trained.steps_per_execution = num_microbatches * block
+            trained.train_function = None  # one that was made for blocks of another size
+            trained.fit(
+                phase.prepare(data, first * num_microbatches),
+                steps_per_epoch=steps * num_microbatches,
+                callbacks=[course],
+                shuffle=False,  # the data has its order; Keras would warn that it does not shuffle it
+                verbose=0,
+            )
+            course.keep_metrics()
 
 
 def usual_candidates(model: keras.Model, tokens_per_batch: int, vocab_size: int) -> int:
@@ -237,11 +247,17 @@ def _check_batch(batch_size: int, num_microbatches: int) -> None:
         )
 
 
-def _steps_at_once(*numbers: int | None) -> int:
-    """Choose how many steps an accelerator takes without a look from Python: a divisor of the numbers, up to 16."""
+def _steps_at_once(*intervals: int | None) -> int:
+    """Choose how many steps an accelerator takes without a look from Python: 16, or what may not be passed over."""
     if not uses_accelerator() or (keras.backend.backend() == "tensorflow" and num_replicas() > 1):  # Keras cannot
         return 1
-    return math.gcd(16, *(n for n in numbers if n is not None))
+    return min(16, *(n for n in intervals if n is not None))
+
+
+def _blocks(num_steps: int, at_once: int) -> list[tuple[int, int]]:
+    """Divide steps into those in whole blocks and the rest, which is a block of its own: (steps, steps in a block)."""
+    rest = num_steps % at_once
+    return [(steps, size) for steps, size in ((num_steps - rest, at_once), (rest, rest)) if steps]
 
 
 def _identity(model, train_data, tokenizer, valid_documents, settings: dict) -> dict:

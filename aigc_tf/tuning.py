@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import operator
 import os
 import random
 import shutil
@@ -14,12 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .devices import tf
-from .files import write_json
-from .pipeline import SETTINGS, run_pipeline
+from .files import locked, write_json
+from .pipeline import run_pipeline
+from .saving import read_run
 from .search_space import TYPES, check_space
 from .text import documents_sha256
 
 _TRIALS, _BEST = "trials.json", "best"
+_TEXT = ".text"  # the tokens, which trials that cut the text alike share
+# What KerasTuner does not promise to keep, and the proposals are made with.
+_PRIVATE = (
+    "engine.trial.Trial",
+    "oracles.BayesianOptimizationOracle.populate_space",
+    "engine.hyperparameters.HyperParameter.random_sample",
+)
 _RANDOM_TRIALS = 5  # before the Gaussian process is asked
 _HOPELESS_TRIALS = 10  # so many failures without a success are the fault of what is the same in all of them
 # Settings that exist for one value of another; a search over both values leaves them out for the other ones.
@@ -66,6 +75,7 @@ def tune(
         "seconds" (float, since it last went on), "error" (str, None if it went well).
 
     Raises:
+        BlockingIOError: a search is going on in the folder.
         ValueError: the space or the budget is wrong, the folder belongs to another search, KerasTuner is
             missing, or all trials failed.
         KeyboardInterrupt: Ctrl-C.
@@ -90,28 +100,29 @@ def tune(
     }
     # As JSON has it, to compare with what was read. str is for paths.
     search = json.loads(json.dumps(search, ensure_ascii=False, default=str))
-    records = _read_records(folder, search)
-    _keep_best(folder, records)
     show = print if progress else _show_nothing
-    if records:
-        show(f"{len(records)} trials of an earlier call are kept in {folder}", flush=True)
-
     began = time.monotonic()
-    try:
-        while (trials is None or len(records) < trials) and not _is_hopeless(records):
-            settings = _propose(space, records, seed)
-            if settings is None:
-                show("all there is to try has been tried", flush=True)
-                break
-            records.append(_run_trial(documents, folder, len(records) + 1, settings, {"seed": seed, **fixed}))
-            write_json(folder / _TRIALS, {**search, "trials": records})
-            _keep_best(folder, records)
-            show(_progress_line(records, trials), flush=True)
-            if minutes is not None and time.monotonic() - began >= 60 * minutes:
-                break
-    except KeyboardInterrupt:
-        show(f"stopped; {len(records)} trials are kept in {folder}, and the same call goes on", flush=True)
-        raise
+    with locked(folder):
+        records = _read_records(folder, search)
+        _keep_best(folder, records)
+        if records:
+            show(f"{_counted(records)} of an earlier call, kept in {folder}", flush=True)
+        try:
+            while (trials is None or len(records) < trials) and not _is_hopeless(records):
+                settings = _propose(space, records, seed)
+                if settings is None:
+                    show("all there is to try has been tried", flush=True)
+                    break
+                records.append(_run_trial(documents, folder, len(records) + 1, settings, {"seed": seed, **fixed}))
+                write_json(folder / _TRIALS, {**search, "trials": records})
+                _keep_best(folder, records)
+                show(_progress_line(records, trials), flush=True)
+                if minutes is not None and time.monotonic() - began >= 60 * minutes:
+                    break
+        except KeyboardInterrupt:
+            show(f"stopped; {_counted(records)} kept in {folder}, and the same call goes on", flush=True)
+            raise
+        shutil.rmtree(folder / _TEXT, ignore_errors=True)
     if _best(records) is None:
         raise ValueError(
             f"All {len(records)} trials failed, the last one so: {records[-1]['error']} "
@@ -147,6 +158,14 @@ def _keras_tuner():
         raise ValueError(
             f"tune() needs KerasTuner and scikit-learn: pip install 'keras-tuner[bayesian]' ({error})."
         ) from None
+    for name in _PRIVATE:
+        try:
+            operator.attrgetter(name)(keras_tuner)
+        except AttributeError:
+            raise ValueError(
+                f"tune() needs keras_tuner.{name}, which KerasTuner {keras_tuner.__version__} does not have: "
+                "pip install 'keras-tuner>=1.4,<1.5'"
+            ) from None
     return keras_tuner
 
 
@@ -215,8 +234,8 @@ def _run_trial(documents: list[str], folder: Path, number: int, settings: dict, 
     given = _without_idle(settings, fixed)
     try:
         with _quiet_tensorflow():
-            figures = run_pipeline(documents, run_folder, **given, progress=False)
-        if figures["steps_done"] < given.get("steps", SETTINGS["steps"]):
+            figures = run_pipeline(documents, run_folder, **given, text_dir=folder / _TEXT, progress=False)
+        if figures["steps_done"] < read_run(run_folder)["settings"]["steps"]:
             raise KeyboardInterrupt
         bits = figures["bits_per_char"]
         if not math.isfinite(bits):
@@ -282,14 +301,19 @@ def _keep_best(folder: Path, records: list[dict]) -> None:
     It does what is still to do: wherever a process was killed, the next call ends in the same state.
     """
     best = _best(records)
-    for path in folder.glob("trial-*"):
-        if path.name == f"trial-{len(records) + 1}":
+    for record in records:
+        path = folder / f"trial-{record['trial']}"
+        if not path.is_dir():
             continue
-        if best and path.name == f"trial-{best['trial']}":
+        if record is best:
             shutil.rmtree(folder / _BEST, ignore_errors=True)
             os.replace(path, folder / _BEST)
         else:
             shutil.rmtree(path)
+
+
+def _counted(records: list[dict]) -> str:
+    return "1 trial is" if len(records) == 1 else f"{len(records)} trials are"
 
 
 def _rank(record: dict) -> tuple:

@@ -63,13 +63,15 @@ ALLOWED = {
         "weights",
     },
     "saving": {"devices", "distribution", "files", "tokenizer", "weights"},
-    "estimation": {"devices", "distribution", "fast_training", "hardware", "models", "sizes", "training"},
+    "estimation": {
+        "devices", "distribution", "evaluation", "fast_training", "hardware", "models", "sizes", "training",
+    },
     "pipeline": {
-        "checkpoints", "dataset", "distribution", "estimation", "evaluation", "generation", "initialisation", "models",
-        "saving", "segmentation", "text", "tokenizer", "training",
+        "checkpoints", "dataset", "distribution", "estimation", "evaluation", "files", "generation", "initialisation",
+        "models", "saving", "segmentation", "text", "tokenizer", "training",
     },
     "search_space": {"pipeline"},
-    "tuning": {"devices", "files", "pipeline", "search_space", "text"},
+    "tuning": {"devices", "files", "pipeline", "saving", "search_space", "text"},
     "explanation": {"devices", "distribution", "evaluation", "ngram", "tokenizer"},
 }
 # fmt: on

@@ -9,9 +9,11 @@ import time
 
 import pytest
 
-from aigc_tf import generate, load_stopwords, load_writer, read_run
+from aigc_tf import demo, generate, load_stopwords, load_writer, read_run
 from aigc_tf.__main__ import _documents, main
+from aigc_tf.course import Course
 from aigc_tf.demo import is_quatrain, run_demo
+from aigc_tf.files import locked
 from aigc_tf.parser import make_parser
 
 SMALL = "--context 16 --steps 4 --validations 2 --num-layers 1 --hidden-dim 16 --valid-fraction 0.2".split()
@@ -86,6 +88,72 @@ def test_the_same_command_goes_on_with_a_training_that_was_stopped(corpus, tmp_p
     message = only_error(capsys, [*arguments, "--learning-rate", "0.5"])
     assert "learning_rate was 0.001, is 0.5" in message
     assert "name another folder" in message
+
+
+TRAIN = """
+import os, sys, time
+from aigc_tf import course
+from aigc_tf.__main__ import main
+# Both have begun before either may end.
+def meet(self, logs=None):
+    open(sys.argv[1] + str(os.getpid()), "w").close()
+    while len([name for name in os.listdir(".") if name.startswith(sys.argv[1])]) < 2:
+        time.sleep(0.01)
+course.Course.on_train_begin = meet
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_two_trainings_started_together_take_two_folders(corpus, tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN, "began-", "train", str(corpus), *SMALL, "--hidden-dim", str(width)],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for width in (16, 32)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    folders = [re.search("^kept in (.*); write", out, re.MULTILINE)[1] for out, _ in outputs]
+    assert sorted(folders) == [f"runs/{corpus.stem}-transformer", f"runs/{corpus.stem}-transformer-2"]
+    widths = [read_run(tmp_path / folder)["settings"]["hidden_dim"] for folder in folders]
+    assert widths == [16, 32]
+
+
+def test_a_folder_where_a_training_goes_on_is_refused_by_name(corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    errors = []
+
+    def train():
+        errors.append(only_error(capsys, ["train", str(corpus), "--out", str(out), *SMALL]))
+
+    with locked(out):
+        thread = threading.Thread(target=train)
+        thread.start()
+        thread.join()
+    assert f"A training is going on in this folder (process {os.getpid()} on " in errors[0]
+    assert str(out) in errors[0]
+
+
+def test_a_run_s_settings_are_those_of_another_but_for_what_is_given(run_folder, corpus, tmp_path, capsys):
+    config = str(run_folder / "run.json")
+    out = tmp_path / "again"
+    assert main(["train", str(corpus), "--out", str(out), "--config", config, "--seed", "5", "--steps", "3"]) == 0
+    assert read_run(out)["settings"] == {**read_run(run_folder)["settings"], "seed": 5, "steps": 3}
+    for content, part in [
+        ('{"settings": {"width": 3}}', "There is no setting 'width'"),
+        ('{"steps": "many"}', "steps must be of type int, got 'many'"),
+        ("[1]", "must hold settings by name, got list"),
+        ("{", "must be JSON, but: "),
+    ]:
+        (tmp_path / "config.json").write_text(content)
+        arguments = ["train", str(corpus), "--out", str(tmp_path / "x"), "--config", str(tmp_path / "config.json")]
+        assert part in only_error(capsys, arguments)
+    assert "No such file" in only_error(capsys, ["train", str(corpus), "--config", str(tmp_path / "none")])
+    assert not (tmp_path / "x").exists()
 
 
 def test_prose_trains_with_words(tmp_path, documents, capsys):
@@ -351,3 +419,36 @@ def test_the_demo_tells_its_figures_and_keeps_its_runs(tmp_path):
         assert figures[name]["bits_per_char"] < figures["baselines"]["uniform"]
     assert f"{figures['baselines']['frequency']:.2f}" in text
     assert str(tmp_path) in text
+
+
+def test_a_demo_that_is_stopped_goes_on_in_the_same_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("aigc_tf.demo.shipped_file", lambda name: tmp_path / "poems.txt")
+    (tmp_path / "poems.txt").write_text(
+        "\n\n".join(f"白日依山尽，黄河入海流。\n欲穷千里{chr(0x4E00 + i)}，更上一层楼。" for i in range(100)), "utf-8"
+    )
+    for name in demo.MODELS:
+        monkeypatch.setitem(demo.MODELS[name], "steps", 4)
+    end = Course.on_train_batch_end
+    steps = []
+
+    def stop_in_the_second_model(course, batch, logs=None):
+        steps.append(course.step)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        end(course, batch, logs)
+
+    monkeypatch.setattr(Course, "on_train_batch_end", stop_in_the_second_model)
+    assert main(["demo"]) == 130
+    assert "stopped after 2 of 4 steps" in capsys.readouterr().out
+    assert (tmp_path / "runs/demo/transformer/run.json").exists()
+    assert not (tmp_path / "runs/demo/lstm/run.json").exists()
+    assert "is of a demo with other steps" in only_error(capsys, ["demo", "--seed", "1"])
+    assert main(["demo"]) == 0
+    out = capsys.readouterr().out
+    assert "transformer: done before" in out
+    assert "goes on after step 2" in out
+    assert os.listdir("runs") == ["demo"]
+    assert len(steps) == 8
+    assert read_run("runs/demo/lstm")["settings"]["steps"] == 4
+    assert not demo.is_unfinished(tmp_path / "runs/demo")  # the next one is another

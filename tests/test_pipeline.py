@@ -1,3 +1,6 @@
+import re
+
+import numpy as np
 import pytest
 from conftest import message_of
 
@@ -5,7 +8,7 @@ import aigc_tf
 from aigc_tf.__main__ import _pipeline_settings
 from aigc_tf.devices import keras
 from aigc_tf.parser import make_parser
-from aigc_tf.pipeline import SETTINGS, run_pipeline
+from aigc_tf.pipeline import SETTINGS, _encode, run_pipeline, usual_steps
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
 
@@ -74,3 +77,54 @@ def test_one_novel_makes_a_run(documents, tmp_path, capsys):
     run_pipeline([novel], tmp_path / "run", **SMALL)
     assert "documents of over 4,000 characters are cut at line ends" in capsys.readouterr().out
     assert aigc_tf.read_run(tmp_path / "run")["data"]["documents"] == 1
+
+
+def test_what_fails_after_the_training_loses_nothing(documents, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("aigc_tf.pipeline.baselines", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_pipeline(documents, tmp_path / "run", **SMALL)
+    aigc_tf.load(tmp_path / "run")
+    assert aigc_tf.read_run(tmp_path / "run")["figures"] == {"steps_done": 2}
+    monkeypatch.undo()
+    monkeypatch.setattr("aigc_tf.pipeline.Tokenizer.train", lambda *args, **settings: 1 / 0)
+    monkeypatch.setattr("aigc_tf.pipeline.make_store", lambda *args, **settings: 1 / 0)
+    capsys.readouterr()
+    figures = run_pipeline(documents, tmp_path / "run", **SMALL)  # neither trained nor encoded again
+    assert "goes on after step 2" in capsys.readouterr().out
+    assert aigc_tf.read_run(tmp_path / "run")["figures"] == figures
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_store_of_other_text_is_not_taken(documents, tmp_path):
+    first, ids = _encode(documents, "char", None, (), tmp_path)
+    again, same = _encode(documents, "char", None, (), tmp_path)
+    assert again.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(ids, same)
+    ids = np.array(ids)  # not of the file
+    _, other = _encode(documents[:-1], "char", None, (), tmp_path)
+    assert len(other) < len(ids)
+    for tokens in tmp_path.glob("*/tokens/tokens.bin"):
+        tokens.write_bytes(b"")  # as after a power cut
+    np.testing.assert_array_equal(_encode(documents, "char", None, (), tmp_path)[1], ids)
+
+
+def test_the_number_of_steps_follows_from_the_text(documents, tmp_path, capsys, monkeypatch):
+    assert usual_steps(455_000, 2048) == 2000
+    assert usual_steps(1000, 2048) == 500
+    assert usual_steps(10**9, 2048) == 10_000
+    monkeypatch.setattr("aigc_tf.pipeline._LEAST_STEPS", 1)
+    run_pipeline(documents, tmp_path / "run", **{**SMALL, "steps": None})
+    out = capsys.readouterr().out
+    steps = aigc_tf.read_run(tmp_path / "run")["settings"]["steps"]
+    assert re.search(rf"seen 9(\.\d+)? times in {steps} steps", out)
+    assert f"step {steps}/{steps}" in out
+
+
+def test_of_much_held_out_text_a_part_is_measured_and_told(documents, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("aigc_tf.pipeline.FINAL_TOKENS", 40)
+    figures = run_pipeline(documents, tmp_path / "run", **SMALL)
+    held_out = aigc_tf.split(documents, 0.2)[1]
+    assert figures["documents"] < len(held_out)
+    assert (
+        f"measured on {figures['documents']:.0f} of the {len(held_out)} held-out documents" in capsys.readouterr().out
+    )

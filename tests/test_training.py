@@ -2,15 +2,18 @@ import csv
 import math
 import os
 import signal
-import threading
 
 import numpy as np
 import pytest
 
-from aigc_tf import evaluate, make_dataset, train
+from aigc_tf import Tokenizer, evaluate, make_dataset, train
+from aigc_tf.checkpoints import list_checkpoints
+from aigc_tf.course import Course
 from aigc_tf.decoding import model_weights
 from aigc_tf.devices import keras
+from aigc_tf.evaluation import sample_documents
 from aigc_tf.optimization import WarmupStableDecay, adamw
+from aigc_tf.training import _blocks
 from aigc_tf.weights import LstmWeights, TransformerWeights
 
 T = 20
@@ -49,17 +52,49 @@ def test_it_takes_exactly_the_steps_asked_for(build, documents, tokenizer, steps
     assert {len(values) for values in history.values()} == {len(at)}
 
 
-def test_several_steps_at_once_are_the_same_steps(build, documents, tokenizer, monkeypatch, tmp_path):
-    settings = {"steps": 16, "validations": 4}
+def test_blocks_of_steps_are_the_same_steps(build, documents, tokenizer, monkeypatch, tmp_path):
+    settings = {"steps": 11, "validations": 3}
     _, history = run(build, documents, tokenizer, **settings)
+    assert history["step"] == [4, 8, 11]
     monkeypatch.setattr("aigc_tf.training.uses_accelerator", lambda: True)  # which take them without a look from Python
-    settings |= {"run_dir": tmp_path, "checkpoint_steps": 2, "keep_checkpoints": 9}
-    at_once, same = run(build, documents, tokenizer, **settings)
-    assert at_once.steps_per_execution == 2
-    assert same["step"] == history["step"]
-    assert same["bits_per_char"] == pytest.approx(history["bits_per_char"], rel=1e-6)
-    assert same["loss"] == pytest.approx(history["loss"], rel=1e-6)
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 8
+    settings |= {"run_dir": tmp_path, "checkpoint_steps": 3, "keep_checkpoints": 9}
+    _, same = run(build, documents, tokenizer, **settings)
+    assert same["step"] == [6, 9, 11]  # after the blocks in which they were due
+    assert same["bits_per_char"][-1] == pytest.approx(history["bits_per_char"][-1], rel=1e-6)
+    sums = [np.diff([0, *h["step"]]) @ h["loss"] for h in (history, same)]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+    steps = [int(path.name.split("-")[1]) for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert steps == [3, 6, 9, 11]
+
+
+def test_a_prime_number_of_steps_is_taken_in_blocks_too():
+    assert _blocks(2003, 16) == [(2000, 16), (3, 3)]
+    assert _blocks(7, 16) == [(7, 7)]
+    assert _blocks(32, 16) == [(32, 16)]
+
+
+def test_validation_is_bounded_and_encodes_once(build, documents, tokenizer, monkeypatch):
+    monkeypatch.setattr("aigc_tf.course.VALIDATION_TOKENS", 60)
+    model = build(tokenizer.vocab_size, T, num_layers=1)
+    data = make_dataset(documents, tokenizer, T, 4, seed=0)
+    encoded = []
+    encode = Tokenizer.encode_documents
+    monkeypatch.setattr(Tokenizer, "encode_documents", lambda *args: (encoded.append(args), encode(*args))[1])
+    history = train(model, data, tokenizer, documents, steps=2, validations=2, num_candidates=0, progress=False)
+    assert len(encoded) == 2  # to choose, and to evaluate, however many validations there are
+    chosen = sample_documents(documents, tokenizer, 60)
+    assert 60 <= sum(map(len, tokenizer.encode_documents(chosen))) < 60 + 40
+    assert set(chosen) < set(documents)
+    best = min(history["bits_per_char"])
+    assert evaluate(model, tokenizer, chosen)["bits_per_char"] == pytest.approx(best, rel=1e-5)
+
+
+def test_the_sample_of_documents_does_not_depend_on_their_order(documents, tokenizer):
+    sample = sample_documents(documents, tokenizer, 100)
+    assert sorted(sample_documents(documents[::-1], tokenizer, 100)) == sorted(sample)
+    assert sample == [document for document in documents if document in sample]
+    assert sample_documents(documents, tokenizer, 10**6) == documents
+    assert sample_documents(["春" * 1000], tokenizer, 100) == ["春" * 100]
 
 
 def test_the_best_weights_are_kept(build, documents, tokenizer):
@@ -135,14 +170,18 @@ def test_the_training_loss_is_the_loss_of_the_batches(build, documents, tokenize
     assert history["loss"][0] == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_ctrl_c_ends_early_and_keeps_what_was_learned(build, documents, tokenizer):
+def test_ctrl_c_ends_early_and_keeps_what_was_learned(build, documents, tokenizer, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
     model = build(tokenizer.vocab_size, T, num_layers=1)
     data = make_dataset(documents, tokenizer, T, 4, seed=0)
 
-    threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    def stop_at_first_step(course, batch, logs=None, end=Course.on_train_batch_end):
+        os.kill(os.getpid(), signal.SIGINT)
+        end(course, batch, logs)
+
+    monkeypatch.setattr(Course, "on_train_batch_end", stop_at_first_step)
     history = train(model, data, tokenizer, documents[:10], steps=1_000_000, validations=1, progress=False)
-    assert 1 <= history["step"][-1] < 1_000_000
+    assert history["step"] == [1]
     assert evaluate(model, tokenizer, documents[:10])["bits_per_char"] == pytest.approx(
         history["bits_per_char"][-1], rel=1e-5
     )

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import message_of
 
 import aigc_tf
-from aigc_tf import tuning
+from aigc_tf import dataset, tuning
 from aigc_tf.checkpoints import list_checkpoints
 from aigc_tf.course import NoDisplay
 from aigc_tf.devices import keras
+from aigc_tf.files import locked
 from aigc_tf.pipeline import SETTINGS
 from aigc_tf.search_space import DEFAULT_SPACE, check_space, parse_space
 from aigc_tf.tuning import describe_trials, tune
@@ -156,7 +158,7 @@ def test_a_trial_leaves_no_graph_no_warning_and_the_user_s_policy(documents, tmp
     before = count_graphs()
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        tune(documents, tmp_path / "search", RATES, trials=5, progress=False, **SMALL)
+        tune(documents, tmp_path / "search", RATES, trials=2, progress=False, **SMALL)
         assert keras.config.dtype_policy().name == "mixed_bfloat16"
     finally:
         keras.config.set_dtype_policy("float32")
@@ -240,6 +242,45 @@ def test_without_keras_tuner_the_way_to_get_it_is_told(documents, tmp_path, monk
     assert not (tmp_path / "search").exists()
 
 
+def test_a_keras_tuner_that_works_in_another_way_is_refused(documents, tmp_path, monkeypatch):
+    keras_tuner = pytest.importorskip("keras_tuner")
+    monkeypatch.delattr(keras_tuner.oracles.BayesianOptimizationOracle, "populate_space")
+    monkeypatch.setattr(keras_tuner.Oracle, "populate_space", None)
+    monkeypatch.delattr(keras_tuner.Oracle, "populate_space")
+    message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, trials=1)
+    assert "needs keras_tuner.oracles.BayesianOptimizationOracle.populate_space" in message
+    assert keras_tuner.__version__ in message
+    assert not (tmp_path / "search").exists()
+
+
+def test_what_the_search_did_not_make_stays(documents, tmp_path):
+    folder = tmp_path / "search"
+    tune(documents, folder, RATES, trials=1, progress=False, **SMALL)
+    (folder / "trial-1-my-copy").mkdir()
+    (folder / "trial-7").mkdir()  # of no trial that is recorded
+    (folder / "trial-notes.txt").write_text("mine")
+    tune(documents, folder, RATES, trials=2, progress=False, **SMALL)
+    assert names(folder) == ["best", "trial-1-my-copy", "trial-7", "trial-notes.txt", "trials.json"]
+
+
+def test_trials_encode_the_same_text_once(documents, tmp_path, monkeypatch):
+    made = []
+
+    def make_store(*args):
+        made.append(args)
+        return dataset.make_store(*args)
+
+    monkeypatch.setattr("aigc_tf.pipeline.make_store", make_store)
+    tune(documents, tmp_path / "search", RATES, trials=2, progress=False, **SMALL)
+    assert len(made) == 1
+
+
+def test_one_search_at_a_time_in_a_folder(documents, tmp_path):
+    with ThreadPoolExecutor(1) as other, locked(tmp_path / "search"):
+        search = other.submit(tune, documents, tmp_path / "search", RATES, trials=1, progress=False, **SMALL)
+        assert "A training is going on in this folder" in message_of(BlockingIOError, search.result)
+
+
 def test_a_space_is_read_from_a_command_line():
     space, fixed = parse_space(
         "learning_rate=1e-3..1e-2|model = transformer, lstm|steps=300|num_heads=1,2|num_layers=1..4|"
@@ -308,11 +349,11 @@ def test_a_stopped_search_goes_on_with_the_trial_in_hand(documents, tmp_path, mo
     code, out, errors = stop_during_trial(documents, folder, 2, signum, **fixed)
     kept = recorded(folder)
     assert [record["trial"] for record in kept] == [1]
-    assert names(folder) == ["best", "trial-2", "trials.json"]
+    assert [name for name in names(folder) if name != ".lock"] == [".text", "best", "trial-2", "trials.json"]
     newest = [str(path) for path in list_checkpoints(folder / "trial-2" / "checkpoints")]
     if signum == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
-        assert f"stopped; 1 trials are kept in {folder}" in out
+        assert f"stopped; 1 trial is kept in {folder}" in out
         assert code != 0
         assert len(newest) == 1
     lines = []
