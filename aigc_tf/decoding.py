@@ -128,8 +128,11 @@ def _transformer_decoder(weights: TransformerWeights, num_rows: int):
     num_blocks, num_heads = len(weights.blocks), weights.num_heads
     keys, values = np.zeros((2, num_blocks, num_rows, num_heads, context, dim // num_heads), np.float32)
     scale = np.float32((dim // num_heads) ** -0.5)
+    used = 0  # positions
 
     def read(rows, positions, ids):
+        nonlocal used
+        used = max(used, int(positions.max()) + 1)
         x = weights.token_embedding[ids] + weights.position_embedding[positions]
         last = _last_of_each_row(rows)
         texts = [(rows[end], slice(start, end + 1)) for start, end in zip([0, *last + 1], last, strict=False)]
@@ -152,7 +155,8 @@ def _transformer_decoder(weights: TransformerWeights, num_rows: int):
 
     def copy(parents):
         moved = np.flatnonzero(parents != np.arange(num_rows))
-        keys[:, moved], values[:, moved] = keys[:, parents[moved]], values[:, parents[moved]]
+        for kept in (keys, values):
+            kept[:, moved, :, :used] = kept[:, parents[moved], :, :used]
 
     return read, copy
 
@@ -219,7 +223,8 @@ def _plain_decoder(model, num_rows: int) -> Decoder:
         for row, text in enumerate(newest):
             window[row, : len(text)] = text
         logits = compute(window)
-        return np.array(logits)[np.arange(len(newest)), [len(text) - 1 for text in newest]]
+        newest_logits = np.array(logits)[np.arange(len(newest)), [len(text) - 1 for text in newest]]
+        return newest_logits.astype(np.float32)  # a model of the user's may give them in 16 bits
 
     def copy(parents):
         texts[:] = [list(texts[parent]) for parent in parents]

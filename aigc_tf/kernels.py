@@ -1,6 +1,7 @@
 """Kernels: the decoders of `decoding.py`, compiled for the CPU by numba."""
 
 import math
+import os
 import time
 import weakref
 
@@ -8,13 +9,13 @@ import numba
 import numpy as np
 
 from .choice import NO_NUMBER, choose_compiled
+from .chunks import usable_cores
 from .compilation import compiled
 from .matrices import array, dot, exp, filled_up, linear, pack, round_vector
 from .numba_tools import numba_problem, one_at_a_time
 from .weights import LstmWeights, TransformerWeights
 
 _f32 = np.float32
-_MAX_THREADS = numba.config.NUMBA_NUM_THREADS
 
 
 class _Threads:
@@ -27,8 +28,9 @@ class _Threads:
 
     PERIOD = 2.0  # seconds between two trials
 
-    def __init__(self):
-        self._numbers = sorted({_MAX_THREADS, *(2**i for i in range(_MAX_THREADS.bit_length()))})
+    def __init__(self, limit: int):
+        self.limit = limit
+        self._numbers = sorted({limit, *(2**i for i in range(limit.bit_length()))})
         self._next_trial = 0.0
 
     def run(self, function, *args, steps=1):
@@ -42,6 +44,23 @@ class _Threads:
         result = _run(trial, function, *args)
         self._seconds[trial].append((time.perf_counter() - began) / steps)
         return result
+
+
+def _max_threads() -> int:
+    """Count the threads that may be used: of the cores of this process, and of what the user has set."""
+    omp = os.environ.get("OMP_NUM_THREADS", "")
+    limits = [numba.get_num_threads(), usable_cores(), *([int(omp)] if omp.isdecimal() and int(omp) else [])]
+    return max(1, min(limits))
+
+
+_threads = weakref.WeakKeyDictionary()  # weights -> what was found for the texts before
+
+
+def _threads_for(weights) -> _Threads:
+    limit = _max_threads()
+    if weights not in _threads or _threads[weights].limit != limit:
+        _threads[weights] = _Threads(limit)
+    return _threads[weights]
 
 
 def _run(num_threads: int, function, *args):
@@ -197,12 +216,12 @@ def decoder(weights: TransformerWeights | LstmWeights, num_rows: int):
     """Make the functions of a `decoding.Decoder`, of which `read` is also told where each row's last token stands."""
     make = _lstm_decoder if isinstance(weights, LstmWeights) else _transformer_decoder
     read, copy, write = make(weights, num_rows)
-    threads = _Threads()
+    threads = _threads_for(weights)
 
     def read_in_threads(rows, positions, ids, last):
         if len(ids) == len(last):
             return threads.run(read, rows, positions, ids, last)
-        return _run(_MAX_THREADS, read, rows, positions, ids, last)  # a prompt is work enough for all
+        return _run(threads.limit, read, rows, positions, ids, last)  # a prompt is work enough for all
 
     def write_in_threads(rows, positions, ids, uniforms, choosing):
         return threads.run(write, rows, positions, ids, uniforms, choosing, steps=uniforms.shape[1])
@@ -230,16 +249,21 @@ def _transformer_decoder(w: TransformerWeights, num_rows: int):
             pack((w.token_embedding.T, np.zeros(vocab_size, _f32))),
         )
     packed = _packed[w]
+    used = 0  # positions
 
     def read(rows, positions, ids, last):
+        nonlocal used
+        used = max(used, int(positions.max()) + 1)
         return _read_transformer(*packed, cache, scales, rows, positions, ids, last)
 
     def copy(parents):
         moved = np.flatnonzero(parents != np.arange(num_rows))
         for kept in (cache, scales):
-            kept[:, :, moved] = kept[:, :, parents[moved]]
+            kept[:, :, moved, :, :used] = kept[:, :, parents[moved], :, :used]
 
     def write(rows, positions, ids, uniforms, choosing):
+        nonlocal used
+        used = max(used, int(positions.max()) + uniforms.shape[1])
         return _write_transformer(packed, cache, scales, rows, positions, ids, uniforms, choosing)
 
     return read, copy, write

@@ -48,7 +48,7 @@ ALLOWED = {
     "sampling": {"devices"},
     "weights": set(),
     "choice": {"compilation", "matrices", "numba_tools"},
-    "kernels": {"choice", "compilation", "matrices", "numba_tools", "weights"},
+    "kernels": {"choice", "chunks", "compilation", "matrices", "numba_tools", "weights"},
     "sampler": {"choice", "sampling", "tokenizer"},
     "variables": {"devices"},
     "decoding": {"distribution", "kernels", "ngram", "variables", "weights"},

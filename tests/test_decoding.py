@@ -211,3 +211,12 @@ def test_values_are_compared_where_they_are(build):
     assert watch.is_current(model)
     model.weights[-1].assign(model.weights[-1] + 1)
     assert not watch.is_current(model)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])
+def test_logits_of_16_bits_are_chosen_from(tokenizer, policy):
+    ids = keras.Input((T,), dtype="int32")
+    model = keras.Model(ids, keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size, dtype=policy)(ids))
+    assert generate(model, tokenizer, "白", max_new_tokens=3, seed=0).startswith("白")
+    logits = decoding.decoder(model, 1, "model").read(*np.zeros((3, 1), np.int64))
+    assert logits.dtype == np.float32

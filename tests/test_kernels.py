@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import numba
 import numpy as np
 import pytest
 
@@ -341,3 +342,55 @@ def test_streams_may_be_read_by_threads_on_every_threading_layer(layer, pytestco
         text=True,
     )
     assert done.returncode == 0, done.stderr[-800:]
+
+
+def test_the_fastest_number_of_threads_is_taken(monkeypatch):
+    taken, now = [], [0.0]
+    seconds = {1: 3.0, 2: 0.1, 4: 1.0}
+
+    def run(num_threads, function):
+        taken.append(num_threads)
+        now[0] += seconds[num_threads]
+
+    monkeypatch.setattr(kernels, "_run", run)
+    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
+    threads = kernels._Threads(4)
+    threads.PERIOD = 100.0
+    for _ in range(12):
+        threads.run(None)
+    assert sorted(taken[:6]) == [1, 1, 2, 2, 4, 4]
+    assert taken[6:] == [2] * 6
+    now[0] += 100
+    seconds[1] = 0.01
+    for _ in range(8):
+        threads.run(None)
+    assert taken[-1] == 1
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
+def test_what_the_user_has_set_is_heeded_and_kept(monkeypatch):
+    seen, weights = [], lstm_weights([8, 16], [])
+
+    def threads_within():
+        reader = decoding.decoder(weights, 1, "numba")
+        reader.read(*np.zeros((3, 1), np.int64))
+        kernels._run(kernels._max_threads(), lambda: seen.append(numba.get_num_threads()))
+        return seen[-1]
+
+    monkeypatch.setattr(kernels, "usable_cores", lambda: 2)
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(2)
+        assert threads_within() == 2
+        kept = kernels._threads[weights]
+        assert decoding.decoder(weights, 1, "numba") is not None
+        assert kernels._threads[weights] is kept  # what was found serves the next text
+        kernels._run(1, lambda: None)
+        assert numba.get_num_threads() == 2
+        numba.set_num_threads(1)
+        assert threads_within() == 1
+        numba.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert threads_within() == 1
+    finally:
+        numba.set_num_threads(before)
