@@ -146,7 +146,9 @@ def randomize(model) -> None:
 
 def ours(shape, batch, threads):
     import aigc_tf
-    from aigc_tf.decoding import decoder, is_compiled
+    from aigc_tf.decoding import decoder
+    from aigc_tf.engines import choose_engine
+    from aigc_tf.sampler import Settings
 
     tokenizer = aigc_tf.Tokenizer([chr(0x4E00 + i) for i in range(VOCAB_SIZE - FIRST_PIECE)])
     model = aigc_tf.transformer(VOCAB_SIZE, CONTEXT, **shape)
@@ -155,16 +157,16 @@ def ours(shape, batch, threads):
     banned = dict.fromkeys(range(FIRST_PIECE), -float("inf"))
     settings = {"temperature": 1.0, "top_k": TOP_K, "top_p": None, "logit_bias": banned}
 
-    def logits(compiled):
+    def logits(engine):
         rows, positions = np.divmod(np.arange(batch * PROMPT_TOKENS), PROMPT_TOKENS)
-        reader = decoder(model, batch, is_compiled(model, NEW_TOKENS) and compiled)
-        return reader.read(rows, positions, random_prompts(batch).ravel())
+        return decoder(model, batch, engine).read(rows, positions, random_prompts(batch).ravel())
 
     def write(new_tokens):
         texts = aigc_tf.generate_batch(model, tokenizer, prompts, max_new_tokens=new_tokens, **settings)
         return sum(map(len, texts)) - sum(map(len, prompts))
 
-    return logits(True), logits(False), write
+    engine, _ = choose_engine(model, "auto", Settings())
+    return logits(engine), logits("numpy"), write
 
 
 def hugging_face(shape, batch, threads, is_compiled=False, dtype="float32"):
