@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,9 +14,16 @@ import numpy as np
 import pytest
 from conftest import message_of
 
+import aigc_tf
 from aigc_tf import Tokenizer, make_dataset, train
 from aigc_tf.checkpoints import list_checkpoints, read_newest, require_same, write_checkpoint
 from aigc_tf.devices import keras
+
+try:
+    import resource
+except ImportError:  # Windows, where the size of files cannot be limited
+    resource = None
+limits_files = pytest.mark.skipif(resource is None, reason="the size of files is limited by POSIX")
 
 ARRAYS = {"weights": [np.arange(6, dtype=np.float32).reshape(2, 3), np.array(7)], "best": []}
 T = 20
@@ -83,6 +89,7 @@ def test_whatever_the_damage_the_one_before_is_taken(tmp_path):
             np.testing.assert_array_equal(value, expected)
 
 
+@limits_files
 def test_where_there_is_no_room_the_earlier_ones_stay(tmp_path):
     write(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -147,8 +154,8 @@ def require_equal(one, two):
 @pytest.mark.parametrize(
     ("steps", "settings"),
     [
-        ((1, 4, 7, 12), {}),  # before, at and after a validation; the end
-        ((7, 10, 11), {"num_candidates": 100}),  # and of the steps among candidates, of which the tenth is the last
+        ((4, 7), {}),  # at a validation, and between two
+        ((7, 10), {"num_candidates": 100}),  # and of the steps among candidates, of which the tenth is the last
         ((7,), {"num_microbatches": 2}),
     ],
 )
@@ -179,14 +186,18 @@ def test_checkpoints_change_nothing(build, documents, tokenizer, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_scale_of_the_loss_goes_on_too(build, documents, tokenizer, tmp_path):
+def test_the_scale_of_the_loss_goes_on_too(documents, tokenizer, tmp_path):
+    def build(*args, **settings):
+        return aigc_tf.lstm(*args, hidden_dim=16, **settings)
+
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        expected = state_of(*run(build, documents, tokenizer, tmp_path, keep_checkpoints=9), tmp_path)
+        settings = {"keep_checkpoints": 9, "checkpoint_steps": 4}
+        expected = state_of(*run(build, documents, tokenizer, tmp_path, **settings), tmp_path)
         for path in list_checkpoints(tmp_path / "checkpoints")[1:]:
             path.unlink()
-        require_equal(state_of(*run(build, documents, tokenizer, tmp_path, keep_checkpoints=9), tmp_path), expected)
+        require_equal(state_of(*run(build, documents, tokenizer, tmp_path, **settings), tmp_path), expected)
     finally:
         keras.config.set_dtype_policy(before)
 
@@ -234,6 +245,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(build, documents, tokenizer, t
     require_equal(state_of(*again, tmp_path), expected)
 
 
+@limits_files
 def test_a_full_disk_stops_with_what_is_kept(build, documents, tokenizer, tmp_path):
     run(build, documents, tokenizer, tmp_path)
     for path in list_checkpoints(tmp_path / "checkpoints")[1:]:
@@ -333,8 +345,8 @@ def kill_at_random(process, folder, generator, signum) -> bool:
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(documents, tmp_path):
-    """Both architectures at a time; on the TensorFlow backend twenty kills and more in all."""
-    num_kills = 11 if keras.backend.backend() == "tensorflow" else 4
+    """Both architectures at a time, each eleven times, or as often as five minutes allow, but three times at least."""
+    num_kills, deadline = 11, time.monotonic() + 300
     texts = tmp_path / "texts"
     texts.write_text("\n\n".join(documents))
     failures, killed = [], []
@@ -345,7 +357,9 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(documents, tmp_pat
         try:
             output = start(whole, texts, architecture).communicate()[0]
             signals = [signal.SIGTERM, signal.SIGINT, *[signal.SIGKILL] * (num_kills - 2)]
-            for signum in signals:
+            for i, signum in enumerate(signals):
+                if i >= 3 and time.monotonic() > deadline:
+                    break
                 killed.append(kill_at_random(start(broken, texts, architecture), broken, generator, signum))
             last = start(broken, texts, architecture).communicate()[0]
             assert "goes on after step" in last
@@ -362,8 +376,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(documents, tmp_pat
         thread.join()
     for failure in failures:
         raise failure
-    if keras.backend.backend() == "tensorflow":
-        assert sum(killed) >= 20
+    assert sum(killed) >= 5  # of six, should one have been done already
 
 
 def state_in(folder):

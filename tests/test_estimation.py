@@ -71,6 +71,16 @@ def test_the_measurement_gives_time_and_energy(model):
     assert figures["kilowatt_hours"] == pytest.approx(figures["hours"] * 50 / 1000)
 
 
+def test_hours_count_validations_and_memory_what_is_counted():
+    small = {"num_layers": 1, "num_heads": 1, "hidden_dim": 8, "seconds": 0.1}
+    figures = estimate(**RUN, **small, valid_tokens=500, validations=3)
+    assert figures["validation_hours"] > 0
+    seconds = figures["step_seconds"] * 100
+    assert figures["hours"] == pytest.approx(seconds / 3600 + figures["validation_hours"])
+    peaks = [estimate(**RUN, train_tokens=n, seconds=0)["peak_memory_bytes"] for n in (0, 10**7, 10**9)]
+    assert peaks[0] < peaks[1] == pytest.approx(peaks[2], rel=0.1)
+
+
 def test_a_measurement_changes_nothing_for_what_comes_after():
     from aigc_tf.devices import keras
 
