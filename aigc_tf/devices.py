@@ -46,6 +46,11 @@ def _load_backend():
     """
     if "tensorflow" not in sys.modules:
         os.environ.setdefault("TF_XLA_FLAGS", _FUSION)
+    backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
+    if backend in ("torch", "openvino"):
+        raise ValueError(
+            f"aigc_tf runs on TensorFlow or JAX, got KERAS_BACKEND={backend}. Set it to tensorflow or jax."
+        )
     quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"
     with hidden_native_stderr() if quiet else contextlib.nullcontext():
         import keras

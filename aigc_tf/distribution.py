@@ -113,7 +113,9 @@ def native_precision() -> str:
         if device.platform == "tpu":
             return "mixed_bfloat16"
         capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
-        return _precision_of(float(capability)) if capability else "float32"
+        # NVIDIA's is a number such as "8.0"; AMD's is a name such as "gfx90a".
+        is_number = re.fullmatch(r"\d+(\.\d+)?", str(capability))
+        return _precision_of(float(capability)) if is_number else "float32"
     if tf.config.list_logical_devices("TPU"):
         return "mixed_bfloat16"
     gpus = tf.config.list_physical_devices("GPU")

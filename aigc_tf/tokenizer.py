@@ -304,6 +304,12 @@ def usual_processes(num_chars: int, unit: str, user_dict: Sequence[str] = ()) ->
 
 def check_vocabulary(model, tokenizer: Tokenizer) -> None:
     """Refuse a model and a tokenizer that do not belong together."""
+    if not hasattr(model, "output_shape"):
+        raise ValueError(
+            f"A language model is a functional or sequential keras.Model, got a {type(model).__name__}, whose shapes "
+            "are not known before it is called. Wrap it: ids = keras.Input((context,), dtype='int32'); "
+            "keras.Model(ids, model(ids))."
+        )
     if model.output_shape[-1] != tokenizer.vocab_size:
         raise ValueError(
             f"Model and tokenizer must have the same vocabulary size, got {model.output_shape[-1]} "

@@ -219,3 +219,23 @@ def test_the_step_of_a_training_compiles_for_a_tpu_and_a_gpu(build, tokenizer, p
     for host_work in ("callback", "lapack", "infeed", "outfeed", "f64"):
         assert host_work not in module
     assert ("bf16" in module) == (precision == "mixed_bfloat16")
+
+
+@pytest.mark.skipif(not IS_JAX, reason="TensorFlow has another way to ask")
+@pytest.mark.parametrize(
+    ("capability", "precision"), [("gfx90a", "float32"), ("8.0", "mixed_bfloat16"), ("7.5", "mixed_float16")]
+)
+def test_precision_on_gpus_of_several_makers(monkeypatch, capability, precision):
+    class Device:
+        platform = "gpu"
+        compute_capability = capability
+
+    monkeypatch.setattr("jax.local_devices", lambda: [Device()])
+    assert native_precision() == precision
+
+
+def test_another_backend_is_refused_by_name():
+    code = "import aigc_tf; aigc_tf.transformer"
+    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "ValueError: aigc_tf runs on TensorFlow or JAX, got KERAS_BACKEND=torch." in done.stderr

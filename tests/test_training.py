@@ -227,3 +227,20 @@ def test_data_that_lost_what_make_dataset_knows_is_said(build, documents, tokeni
     for train_data, expected in ((data, False), (data.map(lambda x, y: (x, y)), True)):
         train(build(tokenizer.vocab_size, 8), train_data, tokenizer, documents[:2], steps=1, validations=1)
         assert (said in capsys.readouterr().out) == expected
+
+
+def test_a_model_that_is_no_graph_is_refused_and_trains_when_wrapped(documents, tokenizer):
+    class Bigrams(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.table = keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)
+
+        def call(self, ids):
+            return self.table(ids)
+
+    model, settings = Bigrams(), {"steps": 2, "validations": 1, "progress": False}
+    data = make_dataset(documents, tokenizer, T, 4, seed=0)
+    with pytest.raises(ValueError, match="functional or sequential keras.Model, got a Bigrams"):
+        train(model, data, tokenizer, documents[:10], **settings)
+    ids = keras.Input((T,), dtype="int32")
+    assert math.isfinite(train(keras.Model(ids, model(ids)), data, tokenizer, documents[:10], **settings)["loss"][0])
