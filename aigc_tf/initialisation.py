@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .dataset import make_store, sample_tokens
-from .devices import keras, tf
+from .devices import keras
 from .tokenizer import Tokenizer, check_vocabulary
 
 _DISTANCE = 2  # how far two tokens may be apart to be neighbours
@@ -70,8 +70,8 @@ def initialise(
     return model
 
 
-def _mutual_information(ids: np.ndarray, vocab_size: int) -> tf.sparse.SparseTensor:
-    """Compute the positive pointwise mutual information of neighbours, sparse and symmetric, (V, V)."""
+def _mutual_information(ids: np.ndarray, vocab_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Compute the positive pointwise mutual information of neighbours, symmetric (V, V): of each row places, values."""
     ids = ids.astype(np.min_scalar_type(vocab_size**2))  # of four bytes mostly, as the pairs are many
     pairs = [ids[:-d] * vocab_size + ids[d:] for d in range(1, _DISTANCE + 1)]
     pairs += [ids[d:] * vocab_size + ids[:-d] for d in range(1, _DISTANCE + 1)]
@@ -80,16 +80,18 @@ def _mutual_information(ids: np.ndarray, vocab_size: int) -> tf.sparse.SparseTen
     totals = np.bincount(places[:, 0], counts, vocab_size)
     information = np.log(counts * totals.sum() / (totals[places[:, 0]] * totals[places[:, 1]]))
     positive = information > 0
-    return tf.sparse.SparseTensor(places[positive], information[positive].astype(np.float32), [vocab_size] * 2)
+    rows, columns = places[positive].T
+    ends = np.searchsorted(rows, np.arange(1, vocab_size))
+    return list(zip(np.split(columns, ends), np.split(information[positive].astype(np.float32), ends), strict=True))
 
 
-def _factors(matrix: tf.sparse.SparseTensor, width: int) -> np.ndarray:
+def _factors(matrix: list[tuple[np.ndarray, np.ndarray]], width: int) -> np.ndarray:
     """Return the largest factors of a symmetric matrix (V, V), left singular vectors times roots, (V, width)."""
-    vocab_size = matrix.shape[0]
+    vocab_size = len(matrix)
     rank = min(width + _OVERSAMPLING, vocab_size)
 
     def times(x):
-        return tf.sparse.sparse_dense_matmul(matrix, tf.constant(x)).numpy()
+        return np.array([values @ x[columns] for columns, values in matrix])
 
     basis = np.random.default_rng(0).standard_normal((vocab_size, rank)).astype(np.float32)
     for _ in range(_ITERATIONS):
