@@ -1,0 +1,56 @@
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from aigc_tf import compilation
+
+INLINED = "from .compilation import compiled\n\n@compiled(inline='always')\ndef one(x):\n    return x + {}\n"
+CALLER = "from .compilation import compiled\nfrom .inlined import one\n\n@compiled()\ndef two(x):\n    return one(x)\n"
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A function that calls, in a process of its own, compiled code into which other was inlined."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    shutil.copy(Path(compilation.__file__), package)
+    (package / "caller.py").write_text(CALLER)
+
+    def call(added, **variables):
+        (package / "inlined.py").write_text(INLINED.format(added))
+        done = subprocess.run(
+            [sys.executable, "-c", "from package.caller import two; print(two(1))"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **variables},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-500:]
+        return done.stdout.strip(), done.stderr
+
+    call.package = package
+    return call
+
+
+def test_code_on_disk_is_renewed_when_what_was_inlined_changes(two, tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    told = "aigc_tf: compiling for this machine, once; it takes up to half a minute\n"
+    assert two(1, **cache) == ("2", told)
+    assert two(1, **cache) == ("2", "")  # it was kept
+    assert two(7, **cache) == ("8", told)
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_each_time(two, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    (two.package / "__pycache__").touch()  # so that no folder can be made there, not by root either
+    nowhere = {"NUMBA_CACHE_DIR": str(file / "a"), "XDG_CACHE_HOME": str(file / "b"), "HOME": str(file)}
+    for _ in range(2):
+        result, told = two(1, **nowhere)
+        assert result == "2"
+        assert "compiling for this machine" in told
