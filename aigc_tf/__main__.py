@@ -4,6 +4,7 @@ Each is a thin layer over the Python functions of the same name.
 """
 
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -21,9 +22,13 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes the process's own.
 
     Returns:
-        The exit code: 0 done, 2 a wrong option or input (said in one line), 130 stopped by Ctrl-C.
+        The exit code: 0 done; said in one line, 2 a wrong option or input, 1 another failure; 130 stopped by Ctrl-C.
     """
-    options = make_parser().parse_args(arguments)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
     try:
         if getattr(options, "config", None):
             options = make_parser(_read_settings(Path(options.config))).parse_args(arguments)
@@ -35,11 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if os.environ.get("AIGC_TF_TRACEBACK"):
             raise
-        print(f"aigc-tf: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        is_users = isinstance(error, ValueError | OSError)
+        kind = "" if is_users else f"{type(error).__name__}: "
+        print(f"aigc-tf: error: {kind}{_one_line(error)}", file=sys.stderr)
+        return 2 if is_users else 1
 
 
 def _one_line(error: Exception) -> str:
@@ -81,8 +88,6 @@ def _train(options) -> None:
 
 def _read_settings(file: Path) -> dict:
     """Read the settings of a run from its run.json, or from a JSON file of settings alone."""
-    import json
-
     from .files import read_text
     from .search_space import check_settings
 
@@ -195,42 +200,82 @@ _PUNCTUATION = "，。、；：？！“”‘’（）《》…—\n"
 
 
 def _generate(options) -> None:
-    from .generation import check_generation, generate, stream
+    from .generation import check_generation, generate_batch, stream
+    from .live import printable
     from .sampler import Settings
 
-    names = {"max_new_tokens", "best_of", "num_beams", "length_penalty", *Settings._fields}
+    names = {"max_new_tokens", "stop", "best_of", "num_beams", "length_penalty", *Settings._fields}
     settings = {name: value for name, value in vars(options).items() if name in names and value is not None}
     if options.exempt:
         from .segmentation import load_stopwords
 
         settings["exempt"] = load_stopwords(options.exempt) | set(_PUNCTUATION)
-    check_generation(**settings)
+    check_generation(seed=options.seed, **settings)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, got {options.num_samples}.")
-    from .live import printable
+    prompts = [prompt for prompt in _prompts(options) for _ in range(options.num_samples)]
     from .saving import load_writer
 
     model, tokenizer = load_writer(options.folder)
-    settings["engine"] = options.engine
-    at_once = "best_of" in settings or "num_beams" in settings
-    for i in range(options.num_samples):
+    _name_unseen(tokenizer, prompts)
+    seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
+    settings.update(engine=options.engine, seed=seed)
+    if len(prompts) == 1 and not options.json and not {"best_of", "num_beams"} & set(settings):
+        pieces = stream(model, tokenizer, prompts[0], **settings)
+        if options.new_only:
+            next(pieces)
+        for piece in pieces:
+            print(printable(piece), end="", flush=True)
+        print()
+        return
+    texts = generate_batch(model, tokenizer, prompts, log_probability=options.json, **settings)
+    for i, text in enumerate(texts):
+        if options.json:
+            told = {"prompt": prompts[i], "text": text, "seed": seed + i}
+            told |= {name: getattr(text, name) for name in ("new", "finish_reason", "log_probability")}
+            print(json.dumps(told, ensure_ascii=False))
+            continue
         if i:
             print()
-        seed = None if options.seed is None else options.seed + i
-        if at_once:
-            print(printable(generate(model, tokenizer, options.prompt, seed=seed, **settings)), end="")
-        else:
-            for piece in stream(model, tokenizer, options.prompt, seed=seed, **settings):
-                print(printable(piece), end="", flush=True)
-        print()
+        if len(texts) > 1 and sys.stdout.isatty():
+            print(f"[{i + 1}]")
+        print(printable(text.new if options.new_only else text))
+
+
+def _prompts(options) -> list[str]:
+    """Return the prompts of a command, cleaned as documents are."""
+    from .text import clean
+
+    if options.prompt_file is None:
+        prompts = [options.prompt]
+    elif options.prompt:
+        raise ValueError("Give a PROMPT or --prompt-file, not both.")
+    elif options.prompt_file == "-":
+        prompts = sys.stdin.read().splitlines()
+    else:
+        prompts = Path(options.prompt_file).read_text("utf-8").splitlines()
+    # A line end at the end of a prompt has a meaning: the next line begins.
+    return prompts if options.raw else [clean(prompt) + "\n" * prompt.endswith("\n") for prompt in prompts]
+
+
+def _name_unseen(tokenizer, prompts: list[str]) -> None:
+    unseen = dict.fromkeys(char for prompt in prompts for char in prompt if tokenizer.piece_id(char) is None)
+    if unseen:
+        shown = " ".join(char if char.isprintable() else ascii(char) for char in unseen)
+        print(f"aigc-tf: this model has never seen {shown}", file=sys.stderr)
 
 
 def _info(options) -> None:
-    import json
-
     from .saving import read_run, versions
 
-    print(json.dumps(read_run(options.folder) if options.folder else versions(), ensure_ascii=False, indent=1))
+    told = read_run(options.folder) if options.folder else versions()
+    if options.json:
+        print(json.dumps(told, ensure_ascii=False, indent=1))
+        return
+    for name, value in told.items():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        for key, one in inner:
+            print(f"{f'{name} {key}'.strip().replace('_', ' '):34} {one}")
 
 
 def _in_a_folder(run: Callable[[Path], None], name: str | None, default: str, is_unfinished) -> Path:

@@ -73,7 +73,7 @@ def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> Text:
             banned (none): words that must not be written, however they are spelt in tokens.
             forced (none): words that must be written. Each comes where the model finds it likeliest as a whole, looking
             64 tokens ahead, and before the end that the model expects; four texts are written for it, and the likeliest
-            is taken (with `best_of`, the likeliest of so many such). It takes some four to eight times as long.
+            is taken (with `best_of`, the likeliest of so many such). That takes several times as long.
             logit_bias (none): from a token (its text, or its id) to what is added to its logit; minus infinity
             bans it.
             best_of (1): write so many texts, and keep the one whose tokens the model finds likeliest on average.

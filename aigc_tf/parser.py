@@ -23,7 +23,7 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
         epilog="Set AIGC_TF_TRACEBACK=1 to see where an error came from.",
     )
     parser.add_argument("--version", action="version", version=f"aigc_tf {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
 
     def add(name, help, description):
         return commands.add_parser(name, help=help, description=description, formatter_class=_HelpWithDefaults)
@@ -127,60 +127,73 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
     )
 
     generate = add("generate", "write on from a prompt", "Write on from a prompt, shown as it is written.")
-    generate.add_argument("folder", metavar="RUN", help="a run folder")
-    generate.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins")
-    generate.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to write at the most")
-    generate.add_argument(
-        "--temperature", type=float, metavar="X", help="0 takes the likeliest token each time (default: 0.8)"
-    )
-    generate.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
-    generate.add_argument(
-        "--top-p", type=float, metavar="P", help="choose among the likeliest tokens of this probability (default: 0.9)"
-    )
-    for name, metavar, help in (
-        ("--min-p", "P", "leave out tokens less than P times as likely as the likeliest"),
-        ("--typical-p", "P", "choose among the tokens of nearly the expected surprisal, of this probability"),
-        ("--repetition-penalty", "X", "the power to raise the probability of a token to that was there before"),
-        ("--presence-penalty", "X", "taken off the logit of a token that was written before"),
-        ("--frequency-penalty", "X", "the same, for each time it was written"),
-    ):
-        generate.add_argument(name, type=float, metavar=metavar, help=help)
-    generate.add_argument("--no-repeat-ngram", type=int, metavar="N", help="write no N tokens in a row twice")
-    generate.add_argument(
-        "--exempt",
-        metavar="LIST",
-        help="stopwords, and with them punctuation, that may repeat all the same: cn, classical or a file",
-    )
-    generate.add_argument(
-        "--ban", dest="banned", action="append", metavar="WORD", help="never write it; may be repeated"
-    )
-    generate.add_argument(
-        "--force", dest="forced", action="append", metavar="WORD", help="write it somewhere; may be repeated"
-    )
-    generate.add_argument(
-        "--best-of", type=int, metavar="N", help="write N texts, and keep the one that the model finds likeliest"
-    )
-    generate.add_argument(
-        "--num-beams", type=int, metavar="N", help="search for the likeliest text, N kept at a time; leaves no chance"
-    )
-    generate.add_argument(
-        "--length-penalty", type=float, metavar="X", help="of --num-beams: above 1 prefers longer texts, below shorter"
-    )
-    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many texts")
-    generate.add_argument("--seed", type=int, help="makes the text repeatable (default: another each time)")
+    generate.epilog = "Example: aigc-tf generate runs/poems 春风 --min-p 0.05 --force 明月 --stop 。 --num-samples 3"
+    _add_generate(generate)
 
-    generate.add_argument(
+    info = add("info", "tell what a run folder holds", "Tell what a run folder holds.")
+    info.add_argument("--json", action="store_true", help="as JSON, for programs")
+    info.add_argument(
+        "folder", nargs="?", metavar="RUN", help="a run folder; without one, the versions in use are told"
+    )
+    return parser
+
+
+def _add_generate(command) -> None:
+    """Add how to write: what to begin with, how long, how tokens are chosen, and what is shown."""
+    command.add_argument("folder", metavar="RUN", help="a run folder")
+    command.add_argument("prompt", nargs="?", default="", metavar="PROMPT", help="how the text begins; empty without")
+    command.add_argument("--prompt-file", metavar="FILE", help="a file of prompts, one a line; - for standard input")
+    command.add_argument(
+        "--raw", action="store_true", help="keep prompts as they are, and not cleaned as documents are"
+    )
+    command.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt, in one batch")
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="repeats the text, on one machine and engine (default: another each time)"
+    )
+    command.add_argument("--new-only", action="store_true", help="leave out the prompt")
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="a JSON object a line: prompt, text, new, finish_reason, log_probability, seed",
+    )
+    command.add_argument(
         "--engine",
         choices=("auto", "numba", "numpy", "device"),
         default="auto",
         help="what computes: with the same engine and seed a machine writes the same text again",
     )
 
-    info = add("info", "tell what a run folder holds", "Tell what a run folder holds, as JSON.")
-    info.add_argument(
-        "folder", nargs="?", metavar="RUN", help="a run folder; without one, the versions in use are told"
+    add = command.add_argument_group("length").add_argument
+    add("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to write at the most")
+    add("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+
+    add = command.add_argument_group("randomness").add_argument
+    add("--temperature", type=float, metavar="X", help="below 1 bolder tokens are rarer, 0 takes the likeliest (0.8)")
+    add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens (all)")
+    add("--top-p", type=float, metavar="P", help="choose among the likeliest tokens, of probability P in all (0.9)")
+    add("--min-p", type=float, metavar="P", help="leave out tokens less than P times as likely as the likeliest (0)")
+    add("--typical-p", type=float, metavar="P", help="choose among tokens of nearly the expected surprisal (1)")
+
+    add = command.add_argument_group("repetition").add_argument
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="raise the probability of a token that stands in the text to this power: above 1 repeats less (1)",
     )
-    return parser
+    add("--presence-penalty", type=float, metavar="X", help="subtract X from the logit of a token written before (0)")
+    add("--frequency-penalty", type=float, metavar="X", help="the same, for each time that it was written (0)")
+    add("--no-repeat-ngram", type=int, metavar="N", help="write no N tokens in a row twice")
+    add("--exempt", metavar="LIST", help="stopwords and punctuation that may repeat: cn, classical or a file")
+
+    add = command.add_argument_group("words").add_argument
+    add("--ban", dest="banned", action="append", metavar="WORD", help="never write it; may be repeated")
+    add("--force", dest="forced", action="append", metavar="WORD", help="write it where it fits; may be repeated")
+
+    add = command.add_argument_group("search").add_argument
+    add("--best-of", type=int, metavar="N", help="write N texts, and keep the one that the model finds likeliest")
+    add("--num-beams", type=int, metavar="N", help="search for the likeliest text, N kept at a time; deterministic")
+    add("--length-penalty", type=float, metavar="X", help="of --num-beams: above 1 prefers longer texts, below shorter")
 
 
 def _add_paths(command) -> None:

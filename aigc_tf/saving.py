@@ -180,9 +180,11 @@ def read_run(path) -> dict:
     """
     file = _file(Path(path), _RUN)
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{path} is no run folder: there is no {file}. Name a folder that `train` or `save` wrote."
+        below = sorted(str(found.parent) for found in Path(path).glob(f"*/{_RUN}"))[:9]
+        way = (
+            f"Name one of those below it: {', '.join(below)}" if below else "Name a folder that `train` or `save` wrote"
         )
+        raise FileNotFoundError(f"{path} is no run folder: there is no {file}. {way}.")
     try:
         run = json.loads(file.read_text("utf-8"))
         if any(run.get(key) != value for key, value in _FORMAT.items()):

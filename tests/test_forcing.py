@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 from conftest import message_of, table_model
@@ -247,3 +249,19 @@ def test_each_text_of_a_batch_has_its_words():
         assert generate(model, TOKENIZER, prompt, seed=4 + i, **settings) == text
         assert "".join(stream(model, TOKENIZER, prompt, seed=4 + i, **settings)) == text
     assert all("龘" in generate(model, TOKENIZER, "依", best_of=3, seed=seed, **settings) for seed in range(5))
+
+
+@pytest.mark.parametrize("words", [[], ["白日"], ["白日", "依山"], ["日依山"], ["山，白"]])
+def test_a_text_with_forced_words_keeps_its_form(words):
+    # Four clauses of three characters: at its last place a clause has room for half a word of two.
+    comma = TOKENIZER.piece_id("，")
+
+    def tokens_after(text):
+        place = len(text) - 1
+        return [EOS] if place == 15 else [comma] if place % 4 == 3 else TOKENIZER.encode("白日依山")
+
+    settings = {"forced": words, "max_new_tokens": 30, "temperature": 1.0, "top_p": None, "seed": 0}
+    texts = generate_batch(Rule(tokens_after), TOKENIZER, [""] * 10, **settings)
+    assert all(re.fullmatch("[白日依山]{3}(，[白日依山]{3}){3}", text) for text in texts), texts
+    assert all(word in text for word in words for text in texts)
+    assert len(set(texts)) == 10

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -284,6 +285,81 @@ def test_samples_are_of_seeds_one_after_the_other(run_folder, capsys):
         assert len(set(texts)) == 3
 
 
+def test_generate_tells_json_of_the_prompts_of_a_file(run_folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("白日\n\n明月  \n", "utf-8")
+    common = ["--seed", "5", "--max-new-tokens", "30", "--num-samples", "2", "--json", "--stop", "，"]
+    assert main(["generate", str(run_folder), "--prompt-file", str(tmp_path / "prompts.txt"), *common]) == 0
+    out = capsys.readouterr().out
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["prompt"] for line in lines] == ["白日", "白日", "", "", "明月", "明月"]
+    model, tokenizer = load_writer(run_folder)
+    for i, line in enumerate(lines):
+        text = generate(
+            model, tokenizer, line["prompt"], seed=5 + i, max_new_tokens=30, stop="，", log_probability=True
+        )
+        assert line["seed"] == 5 + i
+        assert (line["text"], line["new"], line["finish_reason"]) == (text, text.new, text.finish_reason)
+        assert line["log_probability"] == pytest.approx(text.log_probability, abs=1e-3)
+        assert "，" not in line["new"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("白日\n\n明月\n"))
+    assert main(["generate", str(run_folder), "--prompt-file", "-", *common]) == 0
+    assert capsys.readouterr().out == out
+    assert "not both" in only_error(capsys, ["generate", str(run_folder), "白", "--prompt-file", "-"])
+
+
+def test_generate_shows_what_is_new_alone(run_folder, capsys):
+    model, tokenizer = load_writer(run_folder)
+    texts = [generate(model, tokenizer, "白日", seed=5 + i, max_new_tokens=30) for i in range(2)]
+    assert written(capsys, run_folder, "--new-only") == texts[0].new + "\n"
+    several = written(capsys, run_folder, "--new-only", "--num-samples", "2")
+    assert several == f"{texts[0].new}\n\n{texts[1].new}\n"
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+        numbered = written(capsys, run_folder, "--num-samples", "2")
+    assert numbered.startswith("[1]\n白日")
+    assert "\n\n[2]\n白日" in numbered
+
+
+def test_prompts_are_cleaned_and_unseen_characters_named(run_folder, capsys):
+    def generated(prompt, *arguments):
+        return main(["generate", str(run_folder), prompt, "--seed", "1", "--max-new-tokens", "3", "--json", *arguments])
+
+    assert generated("白\u200b日風  ") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["prompt"] == "白日風"
+    assert captured.err == "aigc-tf: this model has never seen 風\n"
+    assert generated("白日  ", "--raw") == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "白日  "
+    assert generated("白日\n") == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "白日\n"
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 0
+    assert "generate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [MemoryError("too much"), ImportError("no numba"), OverflowError("x\ny")])
+def test_every_failure_is_one_line(run_folder, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("aigc_tf.saving.load_writer", fail)
+    assert main(["generate", str(run_folder)]) == 1
+    expected = f"aigc-tf: error: {type(error).__name__}: {str(error).split()[0]}"
+    err = capsys.readouterr().err
+    assert err.startswith(expected)
+    assert err.count("\n") == 1
+    monkeypatch.setenv("AIGC_TF_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        main(["generate", str(run_folder)])
+
+
+def test_run_folders_below_are_named(run_folder, capsys):
+    assert f"Name one of those below it: {run_folder}" in only_error(capsys, ["generate", str(run_folder.parent)])
+
+
 def test_generate_shows_a_text_before_it_has_loaded_keras(run_folder):
     code = f"""
 import sys
@@ -298,10 +374,12 @@ assert not {{"tensorflow", "keras", "jax", "numba"}} & set(sys.modules)
     assert "明月".encode() in done.stdout
 
 
-def test_info_is_json(run_folder, capsys):
+def test_info_is_a_table_or_json(run_folder, capsys):
     assert main(["info", str(run_folder)]) == 0
+    assert re.search(r"^settings steps +4$", capsys.readouterr().out, re.MULTILINE)
+    assert main(["info", str(run_folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["steps"] == 4
-    assert main(["info"]) == 0
+    assert main(["info", "--json"]) == 0
     assert "keras" in json.loads(capsys.readouterr().out)
 
 
@@ -377,7 +455,7 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
 
 
 def test_an_unknown_option_value_is_a_usage_error(capsys):
-    for arguments in (["train", "x", "--model", "rnn"], ["train", "x", "--unit", "字"], ["nonsense"], []):
+    for arguments in (["train", "x", "--model", "rnn"], ["train", "x", "--unit", "字"], ["nonsense"]):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert "usage: aigc-tf" in capsys.readouterr().err
