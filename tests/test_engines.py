@@ -1,13 +1,16 @@
+import itertools
 import multiprocessing
 import os
 import sys
 
+import numpy as np
 import pytest
 from conftest import message_of, spread, table_model
 
 import aigc_tf
 from aigc_tf import decoding, engines, generate, generate_batch, kneser_ney, numba_tools, stream
 from aigc_tf.sampler import check_settings
+from aigc_tf.sampling import log_softmax
 
 PLAIN = check_settings()
 BANNED = check_settings(banned=["黄河"])
@@ -171,3 +174,21 @@ def test_a_fork_while_compiled_code_runs_does_not_hang(tokenizer):
         )
         assert in_a_child(numba_tools.numba_is_usable) == "False"
     assert numba_tools.numba_is_usable()
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy", "model"])
+def test_a_trained_model_predicts_as_well_by_each_engine(build, tokenizer, documents, engine):
+    context, documents = 48, documents[:40]
+    model = build(tokenizer.vocab_size, context)
+    data = aigc_tf.make_dataset(documents, tokenizer, context, 4, seed=0)
+    aigc_tf.train(model, data, tokenizer, documents[:4], steps=20, progress=False)
+    texts = [[tokenizer.BOS, *tokenizer.encode(text), tokenizer.EOS] for text in documents if len(text) < context - 2]
+    nats = 0.0
+    for ids in texts:
+        read = decoding.decoder(model, 1, engine).read
+        for position, (i, following) in enumerate(itertools.pairwise(ids)):
+            logits = read(*np.array([[0], [position], [i]]))
+            nats -= log_softmax(logits)[0, following]
+    chars = sum(len(text) for text in documents if len(text) < context - 2)
+    expected = aigc_tf.evaluate(model, tokenizer, [text for text in documents if len(text) < context - 2])
+    assert nats / np.log(2) / chars == pytest.approx(expected["bits_per_char"], abs=1e-3)
