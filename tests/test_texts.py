@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from aigc_tf.decoding import Decoder
+from aigc_tf.generation import write_on
 from aigc_tf.texts import Chance, Texts
 
 
@@ -148,3 +149,44 @@ def test_numbers_are_those_of_each_seed_however_they_are_asked_for():
         chance.take(np.array([1, 0]), np.array([70, 3]), 4), [expected[1][70:74], expected[0][3:7]]
     )
     assert len(np.unique(chance.take(np.arange(2), 0, 1000))) == 2000
+
+
+def compiled_texts(num_positions):
+    """A text of a decoder with a loop of its own, which writes 7, and the numbers of tokens that it was asked for."""
+    asked = []
+
+    def write(rows, positions, ids, uniforms, choosing):
+        assert positions[0] + uniforms.shape[1] <= num_positions
+        asked.append(uniforms.shape[1])
+        return np.full(uniforms.shape, 7)
+
+    memory = Memory(1, num_positions)
+    return Texts(Decoder(memory.read, memory.copy, num_positions, write), [[1, 5]]), asked
+
+
+class AnySampler:
+    eos, depends_on_text, choosing = 2, False, None
+
+    def check_numbers(self, chosen):
+        return chosen
+
+    def choose_at_once(self, logits, uniforms):
+        return np.full(len(logits), 7)
+
+
+def test_a_compiled_loop_fills_the_context_and_no_more():
+    texts, asked = compiled_texts(9)
+    texts.read(np.array([0]))
+    texts.write(np.array([0]), np.array([7]))
+    # The newest of three tokens is still to be read, at position 2; so seven are read, of which each gives another.
+    assert texts.can_write_on(np.array([0])) == 7
+    texts.write_on(np.array([0]), np.zeros((1, 7)), AnySampler())
+    assert texts.can_write_on(np.array([0])) == 0
+    assert asked == [7]
+
+
+def test_compiled_stretches_grow():
+    texts, asked = compiled_texts(5000)
+    steps = write_on(texts, AnySampler(), Chance([0]), 3000, np.zeros(1, bool))
+    assert sum(1 for _ in steps) == 3000
+    assert len(asked) < 300
