@@ -4,16 +4,23 @@ import contextlib
 import functools
 import gc
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
 
 from .keras_internals import forget_retracing, registered_gradients
 
+# What TensorFlow's libraries log, such as "I0000 00:00:1795749208.239711    4558 port.cc:153] oneDNN ...".
+_LOG_LINE = re.compile(rb"[IWEF]\d{4} .*\.cc:\d+\]|\d{4}-\d\d-\d\d .*\.cc:\d+\]|WARNING: All log messages before absl")
+
 
 @contextlib.contextmanager
-def hidden_native_stderr() -> Iterator[None]:
-    """Hide what native code writes to file descriptor 2; show it after all if the block fails."""
+def hidden_native_logs() -> Iterator[None]:
+    """Hide the log lines that native code writes to file descriptor 2; show them after all if the block fails.
+
+    What other threads write there meanwhile is shown at the end.
+    """
     try:
         sys.stderr.flush()
         original = os.dup(2)
@@ -22,15 +29,17 @@ def hidden_native_stderr() -> Iterator[None]:
         return
     with tempfile.TemporaryFile() as hidden:
         os.dup2(hidden.fileno(), 2)
+        has_failed = True
         try:
             yield
-        except BaseException:
-            hidden.seek(0)
-            os.write(original, hidden.read())
-            raise
+            has_failed = False
         finally:
             os.dup2(original, 2)
             os.close(original)
+            hidden.seek(0)
+            for line in hidden:
+                if has_failed or not _LOG_LINE.match(line):
+                    os.write(2, line)
 
 
 # What `fused` lets XLA do on a CPU: fuse elementwise operations and sums, and leave products to oneDNN, which is faster
@@ -52,7 +61,7 @@ def _load_backend():
             f"aigc_tf runs on TensorFlow or JAX, got KERAS_BACKEND={backend}. Set it to tensorflow or jax."
         )
     quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"
-    with hidden_native_stderr() if quiet else contextlib.nullcontext():
+    with hidden_native_logs() if quiet else contextlib.nullcontext():
         import keras
         import tensorflow as tf
 

@@ -148,3 +148,13 @@ def test_a_normal_run_writes_no_log_lines():
     # The first time on a machine, the wait for the compiler is told.
     lines = [line for line in done.stderr.splitlines() if not line.startswith("aigc_tf: compiling for this machine")]
     assert (done.stdout, lines) == ("", [])
+
+
+def test_only_log_lines_are_hidden_while_tensorflow_is_loaded():
+    code = (
+        "import os, aigc_tf.devices as devices\n"
+        "with devices.hidden_native_logs():\n"
+        "    os.write(2, b'I0000 00:00:1795749208.2 4558 port.cc:153] oneDNN custom operations are on.\\n')\n"
+        "    os.write(2, b'a line of another thread\\n')"
+    )
+    assert run_python(code).stderr == "a line of another thread\n"
