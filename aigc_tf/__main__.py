@@ -192,7 +192,11 @@ def _evaluate(options) -> None:
     if options.held_out:
         documents = split(documents, run.get("settings", {}).get("valid_fraction", 0.05))[1]
     model, tokenizer = load(options.folder)
-    for name, value in evaluate(model, tokenizer, documents).items():
+    figures = evaluate(model, tokenizer, documents)
+    if options.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
         print(describe_figure(name, value))
 
 

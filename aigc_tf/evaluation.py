@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from .dataset import count_tokens, make_store, sample_tokens
+from .decoding import decoder
 from .devices import keras
 from .distribution import predict
 from .ngram import Ngram, estimate
+from .sampling import log_softmax
 from .text import check_documents, documents_sha256
 from .tokenizer import Tokenizer, check_vocabulary
+from .weights import LstmWeights, TransformerWeights
 
 VALIDATION_TOKENS = 200_000  # of the held-out documents, in a training: a standard error of some 0.3 %
 FINAL_TOKENS = 1_000_000  # after it
@@ -29,7 +32,8 @@ def evaluate(model: keras.Model | Ngram, tokenizer: Tokenizer, documents: list[s
     bits per character can be compared between vocabularies.
 
     Args:
-        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; or an `Ngram`, which needs no windows.
+        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; an `Ngram`, which needs no windows; or what
+            `aigc_tf.load_writer` gives, which is read a token at a time: the model itself is faster on many documents.
         tokenizer: the tokenizer the model was trained with.
         documents: the documents, held out from training.
 
@@ -53,6 +57,11 @@ def evaluate(model: keras.Model | Ngram, tokenizer: Tokenizer, documents: list[s
         _require_documents(documents)
         counts, nats = _ngram_nats(model, tokenizer, documents)
         return _figures(nats, int(counts.sum()), documents)
+    if isinstance(model, TransformerWeights | LstmWeights):
+        _require_documents(documents)
+        context = model.input_shape[1]
+        given = batches(tokenizer, documents, context, batch_rows(context, tokenizer.vocab_size))
+        return _measure(lambda inputs, targets: weights_nats(model, inputs, targets), given, documents)
     check_documents(documents)
     scoring = scorer(model)
     return evaluate_scorer(scoring, scorer_batches(scoring, tokenizer, documents), documents)
@@ -108,11 +117,26 @@ def evaluate_scorer(
     scoring: keras.Model, given: Iterable, documents: list[str], progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, float]:
     """Do what `evaluate` does, given the model's scorer, the batches of the documents, and who counts those done."""
+    return _measure(lambda *batch: predict(scoring, list(batch)), given, documents, progress)
+
+
+def weights_nats(weights: TransformerWeights | LstmWeights, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Compute what a scorer does from weights alone: from ids and targets `int32 (B, T)` to nats `float64 (B, T)`."""
+    rows = np.arange(len(inputs))
+    read, nats = decoder(weights, len(rows), "numpy").read, np.zeros(inputs.shape)
+    for position in np.flatnonzero((targets != Tokenizer.PAD).any(0)):
+        log_p = log_softmax(read(rows, np.full(len(rows), position), inputs[:, position].astype(np.int64)))
+        nats[:, position] = -log_p[rows, targets[:, position]]
+    return nats
+
+
+def _measure(compute, given: Iterable, documents: list[str], progress=lambda done: None) -> dict[str, float]:
+    """Sum up the nats that `compute` gives for the inputs and targets of batches."""
     _require_documents(documents)
     nats, num_tokens = 0.0, 0
     for done, (inputs, targets, counted) in enumerate(given):
         progress(done)
-        nats += float(predict(scoring, [inputs, targets])[counted].sum(dtype=np.float64))
+        nats += float(compute(inputs, targets)[counted].sum(dtype=np.float64))
         num_tokens += int(counted.sum())
     return _figures(nats, num_tokens, documents)
 

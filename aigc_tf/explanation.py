@@ -8,9 +8,10 @@ import numpy as np
 
 from .devices import keras
 from .distribution import predict
-from .evaluation import batches
+from .evaluation import batches, weights_nats
 from .ngram import Ngram
 from .tokenizer import Tokenizer, check_vocabulary
+from .weights import LstmWeights, TransformerWeights
 
 _SCALE_BITS = 16  # where the colours of a strip end; the same for all models, so that strips can be compared
 _MAX_MAP_TOKENS = 128  # a larger table can neither be read nor scrolled
@@ -59,7 +60,8 @@ def surprisal(model: keras.Model | Ngram, tokenizer: Tokenizer, text: str) -> li
     spells it in bytes.
 
     Args:
-        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; or an `Ngram`.
+        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; an `Ngram`; or what `aigc_tf.load_writer`
+            gives.
         tokenizer: the tokenizer the model was trained with.
         text: the text; it may be longer than the context.
 
@@ -224,6 +226,9 @@ def _nats(model: keras.Model | Ngram, tokenizer: Tokenizer, text: str) -> np.nda
     # Window by window through the model itself: it is compiled once for all calls, in the shape that generation
     # uses too. A scorer would be compiled again at every call.
     for inputs, targets, counted in batches(tokenizer, [text], model.input_shape[1], batch_size=1):
+        if isinstance(model, TransformerWeights | LstmWeights):
+            nats.append(weights_nats(model, inputs, targets)[counted])
+            continue
         logits = predict(model, inputs)
         losses = keras.ops.sparse_categorical_crossentropy(targets, logits, from_logits=True)
         nats.append(keras.ops.convert_to_numpy(losses)[counted])
@@ -260,6 +265,8 @@ def _labels(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def _attention_layer(model: keras.Model, layer: int) -> keras.layers.Layer:
+    if isinstance(model, TransformerWeights | LstmWeights):
+        raise ValueError("Attention maps need the model itself, got what load_writer gives. Load it with load.")
     found = {each.name: each for each in getattr(model, "layers", ())}
     num_blocks = sum(re.fullmatch(r"block_\d+_attention", name) is not None for name in found)
     if not num_blocks:

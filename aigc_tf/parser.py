@@ -7,8 +7,23 @@ from . import __version__
 
 class _HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        has_default = action.default is not None and action.default is not False
+        has_default = action.default is not None and action.default is not False and action.default != []
         return super()._get_help_string(action) if has_default else action.help
+
+
+class _Command(argparse.ArgumentParser):
+    """The parser of one command: options may stand before, between and after what has no name."""
+
+    _is_intermixed = False
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self._is_intermixed:  # as the method below calls this one
+            return super().parse_known_args(args, namespace)
+        self._is_intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_intermixed = False
 
 
 def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
@@ -23,16 +38,23 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
         epilog="Set AIGC_TF_TRACEBACK=1 to see where an error came from.",
     )
     parser.add_argument("--version", action="version", version=f"aigc_tf {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=_Command)
 
-    def add(name, help, description):
-        return commands.add_parser(name, help=help, description=description, formatter_class=_HelpWithDefaults)
+    def add(name, help, description, example):
+        return commands.add_parser(
+            name,
+            help=help,
+            description=description,
+            epilog=f"Example: aigc-tf {name} {example}".rstrip(),
+            formatter_class=_HelpWithDefaults,
+        )
 
     demo = add(
         "demo",
         "train both models on the Tang poems that ship with the package, compare them, write poems",
         "Train an LSTM and a Transformer on 14,343 Tang quatrains, a minute or two on two cores; compare their "
         "bits per character on held-out poems with simpler models, an n-gram among them; write poems with both.",
+        "--out runs/demo",
     )
     demo.add_argument("--out", metavar="FOLDER", help="where to keep it: a new folder (default: runs/demo)")
     demo.add_argument("--seed", type=int, default=0, help="the seed of everything")
@@ -46,6 +68,7 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
         "Train a language model on text files, and keep it in a run folder with its tokenizer, its settings "
         "and its figures on held-out documents. The same command again goes on with a training that was stopped or "
         "killed, from its newest checkpoint.",
+        "my_texts/ --model lstm --size small --out runs/mine",
     )
     _add_paths(train)
     train.add_argument(
@@ -86,6 +109,7 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
         "tell what a training would cost",
         "Tell what a training would cost: parameters, FLOPs, memory, and after a few seconds of real training steps "
         "on this device hours and kilowatt-hours. Takes the options of train that matter.",
+        "my_texts/ --size base --steps 100000",
     )
     _add_paths(estimate)
     _add_model(estimate)
@@ -101,6 +125,7 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
         "search for settings that predict better",
         "Search for the settings of train with the lowest bits per character on held-out documents. Called again, it "
         "goes on where it was stopped. Needs KerasTuner: pip install 'keras-tuner[bayesian]'.",
+        "my_texts/ --trials 30 --set learning_rate=1e-4..1e-2 --set batch_size=16,32 --set steps=500",
     )
     _add_paths(tune)
     tune.add_argument("--out", metavar="FOLDER", help="the folder of the search (default: one under runs/)")
@@ -119,18 +144,24 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
         "evaluate",
         "measure a model on documents",
         "Measure how well a model predicts documents: bits per character, perplexity, tokens per character.",
+        "runs/mine my_texts/ --held-out",
     )
     evaluate.add_argument("folder", metavar="RUN", help="a run folder")
+    evaluate.add_argument("--json", action="store_true", help="as JSON, for programs")
     _add_paths(evaluate)
     evaluate.add_argument(
         "--held-out", action="store_true", help="only the documents that the run's own split holds out"
     )
 
-    generate = add("generate", "write on from a prompt", "Write on from a prompt, shown as it is written.")
-    generate.epilog = "Example: aigc-tf generate runs/poems 春风 --min-p 0.05 --force 明月 --stop 。 --num-samples 3"
+    generate = add(
+        "generate",
+        "write on from a prompt",
+        "Write on from a prompt, shown as it is written.",
+        "runs/poems 春风 --min-p 0.05 --force 明月 --stop 。 --num-samples 3",
+    )
     _add_generate(generate)
 
-    info = add("info", "tell what a run folder holds", "Tell what a run folder holds.")
+    info = add("info", "tell what a run folder holds", "Tell what a run folder holds.", "runs/mine --json")
     info.add_argument("--json", action="store_true", help="as JSON, for programs")
     info.add_argument(
         "folder", nargs="?", metavar="RUN", help="a run folder; without one, the versions in use are told"

@@ -282,9 +282,13 @@ SETTINGS = {
 }
 
 
+_IN_WORDS = {"perplexity": "perplexity per token", "tokens": "tokens predicted", "chars": "characters"}
+
+
 def describe_figure(name: str, value: float) -> str:
-    """Write one figure as a line of a table."""
-    return f"{name:28}{value:14,.0f}" if value == int(value) else f"{name:28}{value:14,.4f}"
+    """Write one figure as a line of a table, its name in words and with its unit."""
+    words = _IN_WORDS.get(name, name.replace("_per_char", " per character").replace("_", " "))
+    return f"{words:32}{value:14,.0f}" if value == int(value) else f"{words:32}{value:14,.4f}"
 
 
 def _show_nothing(line: str) -> None: ...

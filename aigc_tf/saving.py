@@ -16,7 +16,7 @@ from pathlib import Path
 from . import __version__
 from .files import rename, sync, write_json
 from .tokenizer import Tokenizer, check_vocabulary
-from .weights import check_file, read_file
+from .weights import LstmWeights, TransformerWeights, check_file, read_file
 
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
 _SAVING = ".saving"  # in a run folder, a folder of files that are whole, and on their way to their places
@@ -38,11 +38,13 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
             JSON can hold.
 
     Raises:
-        ValueError: model and tokenizer do not belong together.
+        ValueError: model and tokenizer do not belong together, or it is what `load_writer` gives.
     """
     from .devices import keras
     from .distribution import is_first_host
 
+    if isinstance(model, TransformerWeights | LstmWeights):
+        raise ValueError("save needs the model itself, got what load_writer gives. Load it with load.")
     check_vocabulary(model, tokenizer)
     if not is_first_host():
         return
@@ -141,7 +143,8 @@ def load_writer(path):
         path: the folder that `save` wrote.
 
     Returns:
-        The weights, which stand in `generate`, `generate_batch` and `stream` where a model stands, and the tokenizer.
+        The weights, which stand in `generate`, `generate_batch`, `stream`, `evaluate` and `surprisal` where a model
+        stands, and the tokenizer.
 
     Raises:
         FileNotFoundError: there is no such folder, or it is no run folder.

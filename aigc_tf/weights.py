@@ -65,6 +65,12 @@ class TransformerWeights:
     blocks: list[Block]
     final_norm: np.ndarray
     num_heads: int
+    name = "transformer"
+
+    @property
+    def input_shape(self) -> tuple[None, int]:
+        """As of the model."""
+        return None, len(self.position_embedding)
 
     @property
     def output_shape(self) -> tuple[None, None, int]:
@@ -84,6 +90,13 @@ class LstmWeights:
     token_embedding: np.ndarray
     layers: list[tuple[np.ndarray, np.ndarray]]  # (inputs + D, 4 D) and its bias
     head: list[tuple[np.ndarray, np.ndarray]]  # dense layers up to the logits
+    context: int | None = None  # of the model; the state has no limit
+    name = "lstm"
+
+    @property
+    def input_shape(self) -> tuple[None, int | None]:
+        """As of the model."""
+        return None, self.context
 
     @property
     def output_shape(self) -> tuple[None, None, int]:
@@ -335,7 +348,8 @@ def _read_lstm(graph: _Graph, logits, weights) -> LstmWeights:
             name, (x,) = graph.step(x, "LSTM")
             layers.insert(0, name)
     embedding, (ids,) = graph.step(x, "ReversibleEmbedding")
-    graph.step(ids, "InputLayer")
+    name, _ = graph.step(ids, "InputLayer")
+    _, context = graph.layers[name]["config"]["batch_shape"]
     if not layers or tied not in (None, embedding):
         raise _OtherGraphError
     sizes = [graph.size(embedding, "output_dim"), *(graph.size(name, "units") for name in (*layers, *head))]
@@ -348,4 +362,4 @@ def _read_lstm(graph: _Graph, logits, weights) -> LstmWeights:
     if tied:
         matrices.append((table.T, np.zeros(len(table), np.float32)))
     _same([len(table)], [len(matrices[-1][1])])
-    return LstmWeights(table, read, matrices)
+    return LstmWeights(table, read, matrices, context)

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from aigc_tf.course import Course
 from aigc_tf.demo import is_quatrain, run_demo
 from aigc_tf.files import locked
 from aigc_tf.parser import make_parser
+from aigc_tf.search_space import parse_space
 
 SMALL = "--context 16 --steps 4 --validations 2 --num-layers 1 --hidden-dim 16 --valid-fraction 0.2".split()
 
@@ -59,8 +61,8 @@ def test_train_shows_progress_and_figures(corpus, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "lstm: " in out
     assert "step 4/4" in out
-    assert re.search(r"bits_per_char +\d", out)
-    assert "bits_per_char of frequency" in out
+    assert re.search(r"^bits per character +\d", out, re.MULTILINE)
+    assert "bits per character of frequency" in out
     assert str(tmp_path / "run") in out
 
 
@@ -182,10 +184,15 @@ def test_stopwords_can_be_removed_and_their_share_is_told(tmp_path, capsys):
 
 def test_evaluate_repeats_the_figures_of_the_run(run_folder, corpus, capsys):
     assert main(["evaluate", str(run_folder), str(corpus), "--held-out"]) == 0
-    bits = float(re.search(r"bits_per_char +([\d.]+)", capsys.readouterr().out)[1])
+    out = capsys.readouterr().out
+    bits = float(re.search(r"^bits per character +([\d.]+)$", out, re.MULTILINE)[1])
     assert bits == pytest.approx(read_run(run_folder)["figures"]["bits_per_char"], abs=1e-3)
-    assert main(["evaluate", str(run_folder), str(corpus)]) == 0
-    assert re.search(r"documents +56\n", capsys.readouterr().out)
+    for words in ("nats per token", "perplexity per token", "tokens per character", "tokens predicted", "characters"):
+        assert re.search(rf"^{words} +[\d.,]+$", out, re.MULTILINE), words
+    assert main(["evaluate", str(run_folder), str(corpus), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["documents"] == 56
+    assert set(figures) == set(read_run(run_folder)["figures"]) - {"steps_done"}
 
 
 def test_estimate_tells_costs_and_the_way_to_power(corpus, capsys):
@@ -459,6 +466,42 @@ def test_an_unknown_option_value_is_a_usage_error(capsys):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert "usage: aigc-tf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "estimate", "tune", "evaluate", "generate", "info"])
+def test_the_example_in_the_help_of_a_command_is_one(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    words = shlex.split(re.search("^Example: aigc-tf (.*)$", out, re.MULTILINE)[1])
+    assert make_parser().parse_args(words).command == words[0] == command
+    parse_space(getattr(make_parser().parse_args(words), "set", []))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("generate RUN --seed 1 春风", {"folder": "RUN", "seed": 1, "prompt": "春风"}),
+        ("generate --seed 1 RUN --frequency-penalty -5 -- -x", {"prompt": "-x", "frequency_penalty": -5.0}),
+        ("generate RUN --seed 1", {"folder": "RUN", "prompt": ""}),
+        ("train a --model lstm b --steps 3 c", {"paths": ["a", "b", "c"], "model": "lstm", "steps": 3}),
+        ("estimate --seconds 1 a --watts 2 b", {"paths": ["a", "b"], "seconds": 1.0}),
+        ("tune a --set x=1 b --set y=2", {"paths": ["a", "b"], "set": ["x=1", "y=2"]}),
+        ("evaluate RUN --held-out a --json b", {"folder": "RUN", "paths": ["a", "b"], "held_out": True}),
+        ("info --json RUN", {"folder": "RUN", "json": True}),
+    ],
+)
+def test_options_may_stand_anywhere(words, expected):
+    options = vars(make_parser().parse_args(words.split()))
+    assert {name: options[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("words", ["generate RUN a --seed 1 b", "evaluate RUN --json", "train --steps 3", "info a b"])
+def test_words_too_many_or_too_few_are_usage_errors(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    assert "usage: aigc-tf" in capsys.readouterr().err
 
 
 def test_help_needs_no_tensorflow_and_names_every_command():

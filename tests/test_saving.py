@@ -14,6 +14,8 @@ from conftest import change_weights, message_of, spread, table_model
 import aigc_tf
 from aigc_tf import (
     Tokenizer,
+    attention_maps,
+    evaluate,
     generate,
     generate_batch,
     load,
@@ -22,6 +24,8 @@ from aigc_tf import (
     read_run,
     save,
     stream,
+    surprisal,
+    surprisal_html,
     train,
 )
 from aigc_tf.devices import keras
@@ -45,6 +49,23 @@ def test_what_is_saved_is_loaded(trained, tokenizer, tmp_path):
     assert model(ids).shape == (2, 8, tokenizer.vocab_size)
     assert loaded_tokenizer.fingerprint == tokenizer.fingerprint
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["model.keras", "run.json", "tokenizer.json"]
+
+
+def test_what_writes_is_measured_as_its_model(trained, tokenizer, documents, tmp_path):
+    save(tmp_path, trained, tokenizer)
+    writer, _ = load_writer(tmp_path)
+    assert isinstance(writer, LstmWeights | TransformerWeights)
+    texts = [*documents[:9], "龘\n🐉"]  # of one window and of several
+    assert evaluate(writer, tokenizer, texts) == pytest.approx(evaluate(trained, tokenizer, texts), rel=1e-5)
+    pieces, bits = zip(*surprisal(writer, tokenizer, texts[-1] + texts[2]), strict=True)
+    expected_pieces, expected = zip(*surprisal(trained, tokenizer, texts[-1] + texts[2]), strict=True)
+    assert pieces == expected_pieces
+    assert bits == pytest.approx(expected, rel=1e-4)
+    assert f"<b>{sum(bits) / len(texts[-1] + texts[2]):.2f} bits" in surprisal_html(
+        writer, tokenizer, texts[-1] + texts[2]
+    )
+    for function, arguments in ((save, (tmp_path, writer, tokenizer)), (attention_maps, (writer, tokenizer, "白"))):
+        assert "Load it with load." in message_of(ValueError, function, *arguments)
 
 
 def test_the_run_file_tells_how_it_was_made(trained, tokenizer, tmp_path):
