@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator
 
+from .cores import usable_cores
 from .devices import freed_graphs, fused, keras, tf, uses_accelerator
 from .keras_internals import (
     adamw_problem,
@@ -119,10 +120,9 @@ def fast_model(model: keras.Model, with_passes: bool) -> keras.Model:
 
 
 def _num_threads() -> int:
-    """Return how many threads TensorFlow gives an operation."""
+    """Return how many threads to give an operation: as TensorFlow was told, or else one for each core."""
     chosen = tf.config.threading.get_intra_op_parallelism_threads() or int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0))
-    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return chosen or len(cores)
+    return chosen or usable_cores()
 
 
 def _pass(name: str, inputs: list, like: list, *settings) -> list:

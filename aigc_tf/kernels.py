@@ -9,8 +9,8 @@ import numba
 import numpy as np
 
 from .choice import NO_NUMBER, choose_compiled
-from .chunks import usable_cores
 from .compilation import compiled
+from .cores import usable_cores
 from .matrices import array, dot, exp, filled_up, linear, pack, round_vector
 from .numba_tools import numba_problem, one_at_a_time
 from .weights import LstmWeights, TransformerWeights

@@ -7,6 +7,7 @@ is rounded by a hundred-thousandth of the norm of its row. Processors multiply a
 many at a time as floats, and read half as much.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numba
@@ -21,6 +22,7 @@ _f32 = np.float32
 _WIDTH = 64  # rows are filled up with zeros to a multiple of so many numbers
 _OUTPUTS = 32  # of a matrix that a thread computes at a time
 _NORM, _LARGEST = 46_000, 2**15 - 1
+_TINY = np.finfo(_f32).tiny
 
 
 # --- packing -------------------------------------------------------------------------------------------------
@@ -47,14 +49,26 @@ def filled_up(num_inputs: int) -> int:
 
 def pack(*matrices_and_biases: tuple[np.ndarray, np.ndarray]) -> Matrix:
     """Pack matrices (inputs, outputs) of one shape with their biases into a stack."""
-    matrices, biases = (np.stack(arrays) for arrays in zip(*matrices_and_biases, strict=True))
-    num_matrices, num_inputs, num_outputs = matrices.shape
-    sizes = np.linalg.norm(matrices, axis=1) / _f32(_NORM), np.abs(matrices).max(1) / _f32(_LARGEST)
-    scale = np.maximum(*sizes) + np.finfo(_f32).tiny
-    rounded = _zeros((num_matrices, num_outputs, filled_up(num_inputs)))
-    with np.errstate(invalid="ignore"):  # where a weight is no number the scale is none, and tells
-        rounded[..., :num_inputs] = np.rint(matrices.transpose(0, 2, 1) / scale[..., None])
-    return Matrix(rounded, scale, biases)
+    matrices, biases = zip(*matrices_and_biases, strict=True)
+    num_inputs, num_outputs = matrices[0].shape
+    rounded = _zeros((len(matrices), num_outputs, filled_up(num_inputs)))
+    scale = np.empty((len(matrices), num_outputs), _f32)
+    # A part at a time, so that what is made of it stays in the processor's cache.
+    for (i, matrix), first in itertools.product(enumerate(matrices), range(0, num_outputs, _WIDTH)):
+        outputs = slice(first, first + _WIDTH)
+        part = matrix[:, outputs]
+        scale[i, outputs] = _scale(part)
+        with np.errstate(invalid="ignore"):  # where a weight is no number the scale is none, and tells
+            rounded[i, outputs, :num_inputs] = np.rint(part / scale[i, outputs]).T
+    return Matrix(rounded, scale, np.stack(biases))
+
+
+def _scale(matrix: np.ndarray) -> np.ndarray:
+    """Return what to divide the numbers of each output by, computed as in `round_vector`."""
+    largest = np.abs(matrix).max(axis=0)
+    unit = np.ldexp(_f32(1), np.frexp(largest)[1] - 1)
+    norm = np.linalg.norm(matrix / unit, axis=0)
+    return np.maximum(norm / _f32(_NORM) * unit, largest / _f32(_LARGEST)) + _TINY
 
 
 def _zeros(shape: tuple[int, ...]) -> np.ndarray:
@@ -131,12 +145,19 @@ _four_times_two = _sums_of_products(4, 2, lanes=16)  # eight sums, and what they
 
 @compiled(fastmath=True)
 def round_vector(vector, rounded):
-    """Put a vector of floats into one of `int16`, which is as long or longer, and return its scale."""
+    """Put a vector of floats into one of `int16`, which is as long or longer, and return its scale.
+
+    The squares are of numbers divided by a power of two near the largest: they neither vanish nor overflow.
+    """
     square = largest = _f32(0)
     for d in range(len(vector)):
-        square += vector[d] * vector[d]
         largest = max(largest, abs(vector[d]))
-    scale = max(np.sqrt(square) / _f32(_NORM), largest / _f32(_LARGEST)) + _f32(1e-30)
+    bits = _f32(max(largest, _TINY)).view(np.int32)
+    unit = np.int32(bits & np.int32(0x7F800000)).view(np.float32)  # the sign and the fraction are 0
+    per_unit = _f32(1) / unit
+    for d in range(len(vector)):
+        square += (vector[d] * per_unit) ** 2
+    scale = max(np.sqrt(square) / _f32(_NORM) * unit, largest / _f32(_LARGEST)) + _TINY
     factor = _f32(1) / scale
     for d in range(len(vector)):
         rounded[d] = np.int16(np.rint(vector[d] * factor))

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .chunks import map_chunks, usable_cores
+from .chunks import map_chunks
+from .cores import usable_cores
 from .files import write_json
 from .segmentation import as_user_dict, is_rust, segmenter
 from .text import check_documents

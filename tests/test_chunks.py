@@ -1,6 +1,5 @@
 """Chunks: the same in one process and in several, nothing read too early, and no worker that is missed."""
 
-import math
 import os
 import pickle
 import subprocess
@@ -10,7 +9,7 @@ import warnings
 import pytest
 
 from aigc_tf import Tokenizer, chunks, pipeline, tokenizer
-from aigc_tf.chunks import map_chunks, usable_cores
+from aigc_tf.chunks import map_chunks
 
 DOCUMENTS = ["春眠不觉晓，", "处处闻啼鸟。", "夜来风雨声，", "花落知多少。"] * 5
 
@@ -126,34 +125,6 @@ def test_the_pipeline_cuts_words_in_several_processes(monkeypatch, documents, tm
     expected = pipeline.run_pipeline(documents, tmp_path / "a", **settings)
     monkeypatch.setattr(pipeline, "usual_processes", lambda *_: 2)
     assert pipeline.run_pipeline(documents, tmp_path / "b", **settings) == expected
-
-
-def test_cores_are_counted_by_what_this_process_may_use(monkeypatch):
-    monkeypatch.setattr(chunks, "_container_cores", lambda: math.inf)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
-    assert usable_cores() == 3
-    monkeypatch.setattr(chunks, "_container_cores", lambda: 1.5)
-    assert usable_cores() == 2
-    monkeypatch.delattr(os, "sched_getaffinity")
-    monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert usable_cores() == 1
-
-
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({}, math.inf),
-        ({"cpu.max": "max 100000\n"}, math.inf),
-        ({"cpu.max": "250000 100000\n"}, 2.5),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
-        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
-    ],
-)
-def test_a_container_s_limit_is_read(tmp_path, files, cores):
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert chunks._container_cores(tmp_path) == cores
 
 
 @pytest.mark.parametrize("processes", [0, -1])

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from aigc_tf import fast_training as module
 from aigc_tf import models
 from aigc_tf.devices import keras, tf
 from aigc_tf.fast_training import fast_model, fast_training, passes_problem
@@ -210,3 +211,11 @@ def test_fused_operations_learn_the_same(name, monkeypatch):
             losses.append([float(other.train_on_batch(ids[:, :-1], ids[:, 1:])) for _ in range(4)])
     assert losses[0][-1] < losses[0][0] - 0.02
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_an_operation_has_the_threads_of_the_usable_cores_or_those_that_tensorflow_was_told(monkeypatch):
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    monkeypatch.setattr(module, "usable_cores", lambda: 3)
+    assert module._num_threads() == 3
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "2")
+    assert module._num_threads() == 2

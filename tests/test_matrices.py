@@ -42,10 +42,12 @@ def test_no_sum_leaves_32_bits(num_inputs, direction):
         matrix[1:] = 0
     if "row" in direction:
         matrix = normal(num_inputs, 4)
-    for size in (1e-20, 1e-3, 1.0, 1e6):
-        x = size * np.repeat(matrix.T[:1], 5, axis=0) * (-1 if direction == "against the row" else 1)
-        expected = x.astype(np.float64) @ matrix
-        np.testing.assert_allclose(product(x, matrix)[:, 0], expected[:, 0], rtol=1e-3)
+    rows = np.repeat(matrix.T[:1], 5, axis=0) * (-1 if direction == "against the row" else 1)
+    # At the ends their squares are 0, or beyond float32.
+    for size in map(np.float32, (1e-30, 1e-24, 1e-20, 1e-3, 1.0, 1e6, 1e20, 1e32)):
+        for x, by in ((size * rows, matrix), (rows, size * matrix)):
+            expected = x.astype(np.float64) @ by
+            np.testing.assert_allclose(product(x, by)[:, 0], expected[:, 0], rtol=1e-3)
 
 
 def test_zeros_and_what_is_no_number():
@@ -59,6 +61,16 @@ def test_zeros_and_what_is_no_number():
     assert np.isnan(out[2]).all()
     assert np.isnan(out[:, 2]).all()
     assert np.isfinite(np.delete(np.delete(out, 2, axis=0), 2, axis=1)).all()
+
+
+def test_a_matrix_packed_in_parts_is_packed_as_a_whole():
+    stack = [normal(70, 130), 1e-3 * normal(70, 130), normal(130, 70).T]  # the last lies otherwise in memory
+    packed = matrices.pack(*[(matrix, normal(130)) for matrix in stack])
+    for i, matrix in enumerate(stack):
+        scale = np.maximum(np.linalg.norm(matrix, axis=0) / np.float32(46_000), np.abs(matrix).max(0) / 32_767)
+        np.testing.assert_array_equal(packed.scale[i], scale)
+        np.testing.assert_array_equal(packed.rounded[i, :, :70], np.rint(matrix / scale).T)
+    assert not packed.rounded[:, :, 70:].any()
 
 
 def test_rows_begin_with_a_line_of_the_cache():
