@@ -1,38 +1,14 @@
 """Generation: generate(), generate_batch(), stream(): read the prompts, then choose and read a token at a time."""
 
 import difflib
-import time
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from .beams import search_beams
-from .decoding import Decoder, decoder
 from .engines import choose_engine
-from .forcing import CANDIDATES, Forcing
-from .hardware import machine_bytes
-from .sampler import Sampler, Settings, check_number, check_settings, check_words
-from .sampling import log_softmax
-from .texts import Chance, Texts
+from .sampler import Settings, check_number, check_settings, check_words
 from .tokenizer import Tokenizer, check_vocabulary
-from .weights import LstmWeights, TransformerWeights
-
-
-class Text(str):
-    """What was written: a `str`, the prompt and what follows it, which also tells how it came.
-
-    Attributes:
-        new: what was written, without the prompt.
-        ids: the tokens of that, with the end of document if the model ended the text.
-        finish_reason: "stop" if the model ended the text or a stop string came, "length" if the tokens ran out.
-        log_probability: the natural logarithm of the probability that the model itself, before all settings, gives to
-            `ids`; None if it was not asked for.
-    """
-
-    new: str = ""
-    ids: tuple[int, ...] = ()
-    finish_reason: str = "length"
-    log_probability: float | None = None
+from .writer import Text, Writer
 
 
 def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> Text:
@@ -151,7 +127,7 @@ def generate_batch(
     _check_arguments(model, tokenizer, *prompts)
     settings = check_generation(max_new_tokens, seed, best_of, num_beams, length_penalty, stop, **sampling)
     engine, source = choose_engine(model, engine, settings, num_beams)
-    writer = _Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
+    writer = Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
     seed = _seed(seed)
     best_of, num_beams, written = int(best_of), int(num_beams), []
     at_once = writer.num_texts_at_once(best_of * num_beams) if len(prompts) > 1 else 1
@@ -203,13 +179,12 @@ def stream(
     _check_arguments(model, tokenizer, prompt)
     settings = check_generation(max_new_tokens, seed, stop=stop, **sampling)
     engine, source = choose_engine(model, engine, settings)
-    writer = _Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
+    writer = Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
     seed = _seed(seed)
 
     def pieces():
         yield prompt
-        ids = writer.stream([tokenizer.BOS, *tokenizer.encode(prompt)], seed)
-        yield from _until(writer.stop, tokenizer.decode_stream(ids, cut=True))
+        yield from writer.pieces(writer.stream([tokenizer.BOS, *tokenizer.encode(prompt)], seed))
 
     return pieces()
 
@@ -272,192 +247,3 @@ def _check_arguments(model, tokenizer, *prompts) -> None:
 
 def _seed(seed: int | None) -> int:
     return int(np.random.default_rng().integers(2**31) if seed is None else seed)
-
-
-def _until(stop: tuple[str, ...], pieces: Iterable[str]) -> Iterator[str]:
-    """Give the pieces of a text until one of some strings comes, and hold back what may be the beginning of one."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if places := [held.index(end) for end in stop if end in held]:
-            held = held[: min(places)]
-            break
-        open_ends = (size for end in stop for size in range(1, len(end)) if held.endswith(end[:size]))
-        known = len(held) - max(open_ends, default=0)
-        if known:
-            yield held[:known]
-            held = held[known:]
-    if held:
-        yield held
-
-
-_USUAL_BYTES = 4e9  # of memory, where the system does not tell how much is free
-
-
-def _bytes_of_a_text(source) -> int:
-    """Return about how much memory a text takes while it is written: cache or state, and logits."""
-    if isinstance(source, TransformerWeights):
-        return 8 * len(source.blocks) * source.position_embedding.size + 32 * len(source.token_embedding)
-    if isinstance(source, LstmWeights):
-        return 8 * sum(len(bias) for _, bias in source.layers) + 32 * len(source.token_embedding)
-    return 8 * source.input_shape[1] * source.output_shape[-1]  # the logits of a window
-
-
-class _Writer:
-    """What writes texts: an engine with the settings, and when a text is over."""
-
-    def __init__(self, tokenizer, engine, source, settings, max_new_tokens, stop):
-        self._tokenizer, self._engine, self._source = tokenizer, engine, source
-        self._sampler = Sampler(tokenizer, settings, compiled=engine == "numba")
-        self._max_new_tokens = int(max_new_tokens)
-        self.stop = check_words("stop", stop)
-        self._stop_bytes = [end.encode("utf-8", "surrogatepass") for end in self.stop]
-        self._forcing = None
-        if settings.forced:
-            self._forcing = Forcing(self._sampler, tokenizer, self._max_new_tokens, self._stop_bytes)
-
-    def num_texts_at_once(self, samples: int) -> int:
-        """Return how many texts of so many samples each are written at a time: in a half of the memory that is free."""
-        rows = samples * (Forcing.rows_of_a_text if self._forcing else 1)
-        free = machine_bytes() or _USUAL_BYTES
-        return max(1, int(free / 2 // (rows * _bytes_of_a_text(self._source))))
-
-    def write(self, begins, seed: int, samples: int, scored: bool) -> list[tuple[list[int], float | None]]:
-        """Write several samples after each of some beginnings, and return the ids of the likeliest and their score."""
-        each = samples * (CANDIDATES if self._forcing else 1)
-        chance = Chance([(seed + i, j) if j else seed + i for i in range(len(begins)) for j in range(each)])
-        begins = [begin for begin in begins for _ in range(samples)]
-        scores = np.zeros(len(begins))
-        rows, ids = self._begin(begins, chance, scores)
-        over = np.array([self._is_over(those) for those in ids])
-        steps = self._steps(begins, ids, chance, rows, over, scores if scored or samples > 1 else None)
-        for column in steps:
-            for row in np.flatnonzero(~over):
-                ids[row].append(int(column[row]))
-                over[row] = self._is_over(ids[row])
-        average = scores / np.maximum(1, list(map(len, ids)))
-        best = [i + int(average[i : i + samples].argmax()) for i in range(0, len(ids), samples)]
-        return [(ids[i], float(scores[i]) if scored else None) for i in best]
-
-    def stream(self, begin: list[int], seed: int) -> Iterator[int]:
-        """Write one text, and give its ids as they come."""
-        chance = Chance([(seed, j) if j else seed for j in range(CANDIDATES if self._forcing else 1)])
-        rows, (ids,) = self._begin([begin], chance, np.zeros(1))
-        yield from ids
-        over = np.array([self._is_over(ids)])
-        for column in self._steps([begin], [ids], chance, rows, over, None):
-            yield int(column[0])
-
-    def search(self, begins, num_beams: int, length_penalty: float, scored: bool) -> list:
-        """Search for the likeliest text after each of some beginnings, and return its ids and their score."""
-        texts = Texts(self._decoder(len(begins) * num_beams), [begin for begin in begins for _ in range(num_beams)])
-        is_stopped = self._is_stopped if self.stop else None
-        found = search_beams(texts, self._sampler, num_beams, self._max_new_tokens, length_penalty, is_stopped)
-        return list(zip(found, self._scores(begins, found) if scored else [None] * len(found), strict=True))
-
-    def _scores(self, begins, written: list[list[int]]) -> list[float]:
-        """Compute the log-probabilities that the model itself gives to what was written."""
-        texts, scores = Texts(self._decoder(len(begins)), begins), np.zeros(len(begins))
-        for step in range(max(map(len, written))):
-            rows = np.array([row for row, ids in enumerate(written) if step < len(ids)])
-            ids = np.array([written[row][step] for row in rows])
-            scores[rows] += log_softmax(texts.read(rows))[np.arange(len(rows)), ids]
-            texts.write(rows, ids)
-        return scores.tolist()
-
-    def text(self, prompt: str, ids: list[int], log_probability: float | None) -> Text:
-        """Make the result of what was written after a prompt."""
-        new = "".join(_until(self.stop, self._tokenizer.decode_stream(ids, cut=True)))
-        text = Text(prompt + new)
-        text.new, text.ids, text.log_probability = new, tuple(ids), log_probability
-        text.finish_reason = "stop" if self._is_stopped(ids) else "length"
-        return text
-
-    def _decoder(self, num_rows: int) -> Decoder:
-        return decoder(self._source, num_rows, self._engine)
-
-    def _is_stopped(self, ids: list[int]) -> bool:
-        """Tell whether the last token ended the document, or completed a stop string."""
-        if not ids or ids[-1] == self._tokenizer.EOS:
-            return bool(ids)
-        longest = max(map(len, self._stop_bytes), default=0)
-        data = b"".join(map(self._tokenizer.token_bytes, ids[-longest:] if longest else ()))
-        return any(end in data for end in self._stop_bytes)
-
-    def _is_over(self, ids: list[int]) -> bool:
-        return len(ids) >= self._max_new_tokens or self._is_stopped(ids)
-
-    def _begin(self, begins, chance, scores) -> tuple[np.ndarray, list[list[int]]]:
-        """Write what must come first: forced words and what is before; return the row of chance and the ids of each."""
-        if self._forcing is None:
-            return np.arange(len(begins)), [[] for _ in begins]
-        rows, ids, scores[:] = zip(*self._forcing.begin(self._decoder, begins, chance), strict=True)
-        return np.array(rows), list(ids)
-
-    def _steps(self, begins, ids, chance, rows, over, scores) -> Iterator[np.ndarray]:
-        """Write on, and give the ids of each step, (rows,); no more to a text once it is marked as over."""
-        if self._engine == "device":
-            from . import loop
-
-            limit = self._max_new_tokens
-            return loop.steps(self._source, self._sampler, begins, chance, limit, over, log_probabilities=scores)
-        written = [len(those) for those in ids]
-        begins = [[*begin, *those] for begin, those in zip(begins, ids, strict=True)]
-        texts = Texts(self._decoder(len(begins)), begins, written)
-        return write_on(texts, self._sampler, chance, self._max_new_tokens, over, scores, rows, np.array(written))
-
-
-_SECONDS_AT_A_TIME = 0.02  # that compiled code may write before the reader of a stream sees it
-
-
-def write_on(
-    texts: Texts,
-    sampler: Sampler,
-    chance: Chance,
-    max_new_tokens: int,
-    over: np.ndarray,
-    log_probabilities: np.ndarray | None = None,
-    rows: np.ndarray | None = None,
-    written: np.ndarray | int = 0,
-) -> Iterator[np.ndarray]:
-    """Write texts on, and give the ids of each step, the end of document where nothing was written.
-
-    Args:
-        texts: the texts.
-        sampler: what chooses.
-        chance: what it draws with.
-        max_new_tokens: how many tokens each may have.
-        over: `bool (rows,)`, which texts are not written on; whoever reads the steps may mark more.
-        log_probabilities: where given, those that the model itself gives to the tokens are added to it, (rows,).
-        rows: the row of chance of each text; None for the same.
-        written: how many tokens each has already.
-
-    Returns:
-        An iterator over `int64 (rows,)`.
-    """
-    rows = np.arange(len(over)) if rows is None else rows
-    written = np.broadcast_to(written, over.shape).copy()
-    has_ended, at_a_time = over | (written >= max_new_tokens), 1
-    while len(going := np.flatnonzero(~(over | has_ended))):
-        room = texts.can_write_on(going) if log_probabilities is None and not sampler.depends_on_text else 0
-        if room:
-            steps = min(room, at_a_time, max_new_tokens - int(written[going].max()))
-            began = time.perf_counter()
-            ids = texts.write_on(going, chance.take(rows[going], written[going], steps), sampler)
-            at_a_time = 2 * at_a_time if time.perf_counter() - began < _SECONDS_AT_A_TIME / 2 else (at_a_time + 1) // 2
-        else:
-            logits, uniforms = texts.read(going), chance.take(rows[going], written[going], 1)[:, 0]
-            if sampler.depends_on_text:
-                ids = sampler.choose(sampler.adjust(logits, texts, going), uniforms)
-            else:
-                ids = sampler.choose_at_once(logits, uniforms)
-            if log_probabilities is not None:
-                log_probabilities[going] += log_softmax(logits)[np.arange(len(going)), ids]
-            texts.write(going, ids)
-            ids = ids[:, None]
-        for column in ids.T:
-            of_all = np.full(len(over), sampler.eos)
-            of_all[going] = np.where(column >= 0, column, sampler.eos)
-            yield of_all
-        written[going] += ids.shape[1]
-        has_ended[going] = (ids[:, -1] < 0) | (ids[:, -1] == sampler.eos) | (written[going] >= max_new_tokens)

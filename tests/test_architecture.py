@@ -61,10 +61,10 @@ ALLOWED = {
     "loop": {"devices", "sampler", "sampling", "texts", "weights"},
     "engines": {"decoding", "devices", "numba_tools", "sampler", "weights"},
     "hardware": {"devices"},
-    "generation": {
-        "beams", "decoding", "engines", "forcing", "hardware", "loop", "sampler", "sampling", "texts", "tokenizer",
-        "weights",
+    "writer": {
+        "beams", "decoding", "forcing", "hardware", "loop", "sampler", "sampling", "texts", "weights",
     },
+    "generation": {"engines", "sampler", "tokenizer", "writer"},
     "saving": {"devices", "distribution", "files", "tokenizer", "weights"},
     "estimation": {
         "devices", "distribution", "evaluation", "fast_training", "hardware", "models", "sizes", "training",

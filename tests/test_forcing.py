@@ -6,10 +6,11 @@ from conftest import message_of, table_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aigc_tf import Tokenizer, generate, generate_batch, generation, stream
+from aigc_tf import Tokenizer, generate, generate_batch, stream
 from aigc_tf.decoding import Decoder
 from aigc_tf.ngram import Ngram
 from aigc_tf.sampler import check_settings
+from aigc_tf.writer import Writer
 
 TOKENIZER = Tokenizer(["白", "日", "依", "山", "，", "白日", "依山"])
 BOS, EOS, V = TOKENIZER.BOS, TOKENIZER.EOS, TOKENIZER.vocab_size
@@ -37,7 +38,7 @@ def write(words, max_new_tokens, wanted=(), strength=6.0, seed=0, prompt="", ban
     logits[wanted] += strength
     decoder = Decoder(lambda rows, positions, ids: np.tile(logits, (len(np.unique(rows)), 1)), lambda parents: None)
     settings = check_settings(forced=words, banned=banned, temperature=1.0, top_p=None)
-    writer = generation._Writer(TOKENIZER, "numpy", None, settings, max_new_tokens, ())
+    writer = Writer(TOKENIZER, "numpy", None, settings, max_new_tokens, ())
     writer._decoder = lambda num_rows: decoder
     ((ids, _),) = writer.write([[BOS, *TOKENIZER.encode(prompt)]], seed, 1, False)
     assert len(ids) <= max_new_tokens

@@ -8,7 +8,7 @@ import pytest
 from conftest import CLAUSES, message_of, spread, table_model
 
 import aigc_tf
-from aigc_tf import Tokenizer, generate, generate_batch, generation, kneser_ney, sampling, stream
+from aigc_tf import Tokenizer, generate, generate_batch, kneser_ney, sampling, stream, writer
 from aigc_tf.decoding import decoder
 from aigc_tf.devices import keras
 from aigc_tf.sampler import Sampler, check_settings
@@ -111,7 +111,7 @@ def test_padding_and_begin_are_never_written(tokenizer):
         layer.embeddings.assign(np.zeros(layer.embeddings.shape, np.float32))
     sampler = Sampler(tokenizer, check_settings(temperature=1.0, top_p=None))
     texts = Texts(decoder(flat, 400, "numpy"), [[tokenizer.BOS]] * 400)
-    for ids in generation.write_on(texts, sampler, Chance(list(range(400))), 4, np.zeros(400, bool)):
+    for ids in writer.write_on(texts, sampler, Chance(list(range(400))), 4, np.zeros(400, bool)):
         assert not {tokenizer.PAD, tokenizer.BOS} & set(ids.tolist())
         assert len(set(ids.tolist())) > 100
 
@@ -520,7 +520,7 @@ def test_a_stop_string_is_found_across_tokens_batches_and_streams(model, tokeniz
 
 
 def test_a_stream_holds_back_no_more_than_may_become_a_stop_string():
-    from aigc_tf.generation import _until
+    from aigc_tf.writer import _until
 
     assert list(_until(("山水",), iter("白山白山山水日"))) == ["白", "山白", "山"]
     assert list(_until((), iter("白山"))) == ["白", "山"]
@@ -549,11 +549,11 @@ def test_prompts_beyond_memory_are_written_some_at_a_time(model, tokenizer, monk
     settings = {"max_new_tokens": 12, "seed": 3, **settings}
     prompts, batches = ["白", "", "日月", "白", "山"], []
     expected = generate_batch(model, tokenizer, prompts, **settings)
-    make = generation.decoder
+    make = writer.decoder
     monkeypatch.setattr(
-        generation, "decoder", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
+        writer, "decoder", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
     )
-    monkeypatch.setattr(generation, "machine_bytes", lambda: 1.0)
+    monkeypatch.setattr(writer, "machine_bytes", lambda: 1.0)
     assert generate_batch(model, tokenizer, prompts, **settings) == expected
     assert len(batches) >= 5
     assert len(set(batches)) <= 2

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import aigc_tf
-from aigc_tf import generation, loop
+from aigc_tf import loop, writer
 from aigc_tf.decoding import decoder, model_weights
 from aigc_tf.devices import keras
 from aigc_tf.sampler import Sampler, check_settings
@@ -103,7 +103,7 @@ class Drawn(Chance):
 def on_the_cpu(weights, sampler, prompts, uniforms, log_probabilities=None):
     texts = Texts(decoder(weights, len(prompts), "numpy"), prompts)
     over = np.zeros(len(prompts), bool)
-    return list(generation.write_on(texts, sampler, Drawn(uniforms), uniforms.shape[1], over, log_probabilities))
+    return list(writer.write_on(texts, sampler, Drawn(uniforms), uniforms.shape[1], over, log_probabilities))
 
 
 def write(weights, sampler, prompts, uniforms, log_probabilities=None, chunk=7, **options):

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from aigc_tf.decoding import Decoder
-from aigc_tf.generation import write_on
 from aigc_tf.texts import Chance, Texts
+from aigc_tf.writer import write_on
 
 
 class Memory:
