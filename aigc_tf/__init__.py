@@ -33,7 +33,7 @@ _PUBLIC = {
     "estimation": ("estimate", "memory_warning"),
     "pipeline": ("run_pipeline",),
     "tuning": ("tune",),
-    "explanation": ("attention_html", "attention_maps", "surprisal", "surprisal_html"),
+    "explanation": ("attention_html", "attention_maps", "surprisal", "surprisal_html", "table_html"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

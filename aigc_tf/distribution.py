@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 
 from .devices import keras, tf
+from .keras_internals import forget_retracing
 
 # Which axis of a weight is divided where a model is too large for a device: one of heads, of the middle of a block or
 # of a layer's units. What is not named, such as norms, is on each device whole.
@@ -204,6 +205,9 @@ def predict(model: keras.Model, inputs) -> np.ndarray:
     if keras.backend.backend() == "jax" and keras.distribution.distribution():
         weights, states = ([v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables))
         return np.asarray(_jax_function(model)(weights, states, inputs))
+    if keras.backend.backend() == "tensorflow":
+        model.make_predict_function()
+        forget_retracing(model.predict_function)  # every evaluation compiles one, once for each shape
     # On TensorFlow each of several devices computes all rows, and Keras puts all that they give in one.
     return model.predict_on_batch(inputs)[: len(inputs[0] if isinstance(inputs, list) else inputs)]
 

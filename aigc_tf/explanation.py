@@ -3,6 +3,7 @@
 import html
 import math
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -38,6 +39,10 @@ _STYLE = """
 .aigc-tf .map th { padding: 0 5px 0 0; text-align: right; white-space: nowrap; }
 .aigc-tf .map thead th { padding: 0 0 4px; vertical-align: bottom; text-align: center; }
 .aigc-tf .map .long { writing-mode: vertical-rl; text-align: right; }
+.aigc-tf .plain { width: auto; margin: 0; border: 0; border-collapse: collapse; }
+.aigc-tf .plain tr { background: #fff !important; }
+.aigc-tf .plain th, .aigc-tf .plain td { color: #111; border: 0; padding: 2px 20px 2px 0; text-align: right; }
+.aigc-tf .plain :first-child { text-align: left; }
 .aigc-tf .map td { padding: 0; border: 0; width: 22px; min-width: 22px; height: 22px; outline: 1px solid #e4e4e4; }
 """
 
@@ -169,6 +174,8 @@ def attention_maps(model: keras.Model, tokenizer: Tokenizer, text: str, layer: i
 def attention_html(model: keras.Model, tokenizer: Tokenizer, text: str, layer: int = 0, head: int = 0) -> Html:
     """Draw one attention head as a table: a row for the position that looks, a column for where it looks.
 
+    The colours follow the square root of the share: most shares are small, and would all look white.
+
     Args:
         model: see `attention_maps`.
         tokenizer: see `attention_maps`.
@@ -197,19 +204,49 @@ def attention_html(model: keras.Model, tokenizer: Tokenizer, text: str, layer: i
     rows = [
         f'<tr><th scope="row">{label}</th>'
         + "".join(
-            f'<td style="background-color: {_colour(share)}" title="{label} looks at {labels[s]}: {share:.3f}"></td>'
+            f'<td style="background-color: {_colour(math.sqrt(share))}" '
+            f'title="{label} looks at {labels[s]}: {share:.3f}"></td>'
             for s, share in enumerate(maps[head, t, : t + 1].tolist())
         )
         + "</tr>"
         for t, label in enumerate(labels)
     ]
     return _page(
-        _key("share of attention", {f"{share:g}": share for share in (0, 0.25, 0.5, 0.75, 1)}),
+        _key("share of attention", {f"{share:g}": math.sqrt(share) for share in (0, 0.05, 0.2, 0.5, 1)}),
         f"<p>{_escape(_name(model))}: <b>block {layer}, head {head}</b></p>",
         '<p class="note">Row: the position that looks, about to predict what follows it. '
         "Column: where it looks. Each row sums to 1.</p>",
         f'<div class="map" lang="zh"><table><thead><tr><th></th>{columns}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>",
+    )
+
+
+def table_html(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Html:
+    """Draw a table, whose columns line up with Han characters in them too: in plain text they are seldom two wide.
+
+    Args:
+        head: the name of each column.
+        rows: the cells of each row; the first column stands to the left, the others, figures, to the right.
+
+    Returns:
+        `Html`, which a notebook shows.
+
+    Raises:
+        ValueError: a row has more or fewer cells than the head.
+
+    Example:
+        >>> table_html(["模型", "比特/字"], [["LSTM", "7.10"], ["五元语法", "7.84"]])
+        <Html of ... characters: a notebook shows it, and it can be written to a file>
+    """
+    head, lines = list(head), []
+    for row in rows:
+        cells = list(row)
+        if len(cells) != len(head):
+            raise ValueError(f"Each row must have a cell for each of {head}, got {cells}.")
+        lines.append("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in cells) + "</tr>")
+    names = "".join(f'<th scope="col">{_escape(name)}</th>' for name in head)
+    return _page(
+        f'<table class="plain" lang="zh"><thead><tr>{names}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     )
 
 

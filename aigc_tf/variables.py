@@ -49,10 +49,12 @@ def _reader(variables):
     if keras.backend.backend() == "jax":
         return lambda: [variable.value for variable in variables]
     values = [variable.value for variable in variables]
-    return tf.function(
+    read = tf.function(
         lambda: [value.value() if callable(getattr(value, "value", None)) else value for value in values],
         autograph=False,
     )
+    # What is called is its one trace: of calls of the function itself, for model after model, TensorFlow warns.
+    return read.get_concrete_function()
 
 
 def _is_on_host(value) -> bool:

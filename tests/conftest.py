@@ -1,5 +1,6 @@
 """What the tests share: a small real corpus, its tokenizer, and one tiny model of each kind."""
 
+import logging
 import os
 
 # One kind of machine, whatever is in it. Before anything loads TensorFlow or JAX, and for the processes of tests too.
@@ -74,6 +75,15 @@ def table_model(tokenizer, successors, context=48):
     model = keras.Model(ids, embedding(ids))
     embedding.embeddings.assign(table)
     return model
+
+
+@pytest.fixture
+def tensorflow_log(caplog):
+    """Collect what TensorFlow logs, of all functions that are traced often among it, whatever model they belong to."""
+    logger = logging.getLogger("tensorflow")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def message_of(error, function, *args, **kwargs):

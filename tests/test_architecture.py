@@ -23,7 +23,7 @@ ALLOWED = {
     "tokenizer": {"chunks", "cores", "files", "segmentation", "text"},
     "keras_internals": set(),
     "devices": {"keras_internals"},
-    "distribution": {"devices"},
+    "distribution": {"devices", "keras_internals"},
     "dataset": {"devices", "files", "tokenizer"},
     "sizes": set(),
     "models": {"devices", "distribution", "sizes"},

@@ -213,6 +213,15 @@ def test_values_are_compared_where_they_are(build):
     assert not watch.is_current(model)
 
 
+def test_one_model_after_the_other_is_read_without_a_warning(tensorflow_log):
+    from aigc_tf.variables import Watch
+
+    for _ in range(8):
+        ids = keras.Input((T,), dtype="int32")
+        Watch(keras.Model(ids, keras.layers.Embedding(V, V)(ids)))
+    assert tensorflow_log.messages == []
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])
 def test_logits_of_16_bits_are_chosen_from(tokenizer, policy):
     ids = keras.Input((T,), dtype="int32")

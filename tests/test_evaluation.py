@@ -145,6 +145,13 @@ def test_a_keras_model_with_the_ngrams_probabilities_gets_their_figures(document
     assert evaluate(ngram, tokenizer, documents[40:]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_one_evaluation_after_the_other_logs_no_warning(build, documents, tokenizer, tensorflow_log):
+    model = build(tokenizer.vocab_size, 8)
+    for n in range(1, 9):
+        evaluate(model, tokenizer, documents[:n])
+    assert tensorflow_log.messages == []
+
+
 def test_what_cannot_be_measured_is_said(tokenizer):
     model = uniform_model(tokenizer.vocab_size, 4)
     with pytest.raises(ValueError, match="at least one document, got none"):

@@ -9,7 +9,7 @@ from conftest import message_of
 
 from aigc_tf import Tokenizer, evaluate, lstm, transformer
 from aigc_tf.devices import keras
-from aigc_tf.explanation import Html, attention_html, attention_maps, surprisal, surprisal_html
+from aigc_tf.explanation import Html, attention_html, attention_maps, surprisal, surprisal_html, table_html
 from aigc_tf.ngram import kneser_ney
 
 T = 16
@@ -291,7 +291,7 @@ def test_an_attention_table_has_a_row_and_a_column_for_each_token(attentive, tok
         assert len(cells) == t + 1
         for s, cell in enumerate(cells):
             assert cell.get("title") == f"{labels[t]} looks at {labels[s]}: {maps[1, t, s]:.3f}"
-            assert channels_of(cell)[2] == pytest.approx(255 - 244 * maps[1, t, s], abs=0.51)
+            assert channels_of(cell)[2] == pytest.approx(255 - 244 * math.sqrt(maps[1, t, s]), abs=0.51)
     assert "<b>block 1, head 1</b>" in drawn
     assert "Row: the position that looks" in drawn
 
@@ -328,3 +328,12 @@ def test_attention_is_for_texts_that_fit(attentive, tokenizer):
     wide = transformer(tokenizer.vocab_size, 200, num_layers=1, num_heads=1, hidden_dim=8)
     attention_html(wide, tokenizer, "白" * 127)
     assert "at most 127 tokens, got 128" in message_of(ValueError, attention_html, wide, tokenizer, "白" * 128)
+
+
+def test_a_table_holds_its_cells_and_refuses_a_row_of_another_length():
+    drawn = table_html(["模型", "比特/字"], [["<LSTM>", "7.10"], ["五元语法", "7.84"]])
+    assert isinstance(drawn, Html)
+    rows = [[cell.text for cell in row] for row in table_of(drawn).iter("tr")]
+    assert rows == [["模型", "比特/字"], ["<LSTM>", "7.10"], ["五元语法", "7.84"]]
+    message = message_of(ValueError, table_html, ["模型", "比特/字"], [["LSTM"]])
+    assert message == "Each row must have a cell for each of ['模型', '比特/字'], got ['LSTM']."
