@@ -180,6 +180,27 @@ def test_a_model_that_only_looks_like_ours_is_read_through_itself(build, tokeniz
     np.testing.assert_allclose(logits, np.array(model(np.arange(T)[None]))[0, 2], atol=1e-5)
 
 
+def test_a_long_context_is_compared_over_a_few_tokens(build, monkeypatch):
+    read = []
+    for name in ("_transformer_decoder", "_lstm_decoder"):
+
+        def make(*args, make=getattr(decoding, name)):
+            decode, copy = make(*args)
+            return lambda rows, positions, ids: read.append(len(ids)) or decode(rows, positions, ids), copy
+
+        monkeypatch.setattr(decoding, name, make)
+    assert decoding.model_weights(spread(build(V, 5 * decoding._COMPARED))) is not None
+    assert read == [decoding._COMPARED]
+
+
+def test_a_model_that_looks_ahead_is_read_through_itself(build, monkeypatch):
+    model = spread(build(V, T))
+    layer = model.get_layer("logits")
+    monkeypatch.setattr(layer, "call", lambda x: x + x[:, ::-1])
+    with pytest.warns(UserWarning, match="computes something else"):
+        assert decoding.model_weights(model) is None
+
+
 def test_each_way_to_change_a_variable_is_noticed(build, tmp_path):
     model = spread(build(V, T))
     other = tmp_path / "other.weights.h5"
