@@ -283,24 +283,17 @@ import numpy as np
 sys.path.insert(0, "tests")
 from test_kernels import transformer_weights
 from aigc_tf import decoding
-weights = transformer_weights(int(sys.argv[1]))
-read = [decoding.decoder(weights, 1, engine).read(*np.zeros((3, 1), np.int64)) for engine in ("numpy", "numba")]
-np.testing.assert_allclose(*read, atol=0.01)
+for num_blocks in (1, 3):
+    weights = transformer_weights(num_blocks)
+    read = [decoding.decoder(weights, 1, engine).read(*np.zeros((3, 1), np.int64)) for engine in ("numpy", "numba")]
+    np.testing.assert_allclose(*read, atol=0.01)
 """
 
 
-@pytest.mark.slow
-def test_code_kept_on_disk_serves_models_of_any_depth(tmp_path, pytestconfig):
-    # Each process finds what those before it have compiled.
-    for num_blocks in (2, 1, 1, 2):
-        done = subprocess.run(
-            [sys.executable, "-c", COLD, str(num_blocks)],
-            cwd=pytestconfig.rootpath,
-            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, (num_blocks, done.stderr[-500:])
+def test_code_kept_on_disk_serves_models_of_any_depth(pytestconfig):
+    decoding.decoder(transformer_weights(2), 1, "numba").read(*np.zeros((3, 1), np.int64))
+    done = subprocess.run([sys.executable, "-c", COLD], cwd=pytestconfig.rootpath, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")  # nor was anything compiled, which is said
 
 
 THREADS = """
