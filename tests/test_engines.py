@@ -8,9 +8,10 @@ import pytest
 from conftest import message_of, spread, table_model
 
 import aigc_tf
-from aigc_tf import decoding, engines, generate, generate_batch, kneser_ney, numba_tools, stream
-from aigc_tf.sampler import check_settings
+from aigc_tf import decoding, engines, generate, generate_batch, generation, kneser_ney, loop, numba_tools, stream
+from aigc_tf.sampler import Sampler, check_settings
 from aigc_tf.sampling import log_softmax
+from aigc_tf.texts import Chance, Texts
 
 PLAIN = check_settings()
 BANNED = check_settings(banned=["黄河"])
@@ -176,19 +177,54 @@ def test_a_fork_while_compiled_code_runs_does_not_hang(tokenizer):
     assert numba_tools.numba_is_usable()
 
 
-@pytest.mark.parametrize("engine", ["numba", "numpy", "model"])
-def test_a_trained_model_predicts_as_well_by_each_engine(build, tokenizer, documents, engine):
-    context, documents = 48, documents[:40]
-    model = build(tokenizer.vocab_size, context)
-    data = aigc_tf.make_dataset(documents, tokenizer, context, 4, seed=0)
+CONTEXT = 16
+
+
+@pytest.fixture(scope="module")
+def trained(build, tokenizer, documents):
+    model = build(tokenizer.vocab_size, CONTEXT)
+    data = aigc_tf.make_dataset(documents[:40], tokenizer, CONTEXT, 4, seed=0)
     aigc_tf.train(model, data, tokenizer, documents[:4], steps=20, progress=False)
-    texts = [[tokenizer.BOS, *tokenizer.encode(text), tokenizer.EOS] for text in documents if len(text) < context - 2]
+    return model
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy", "model"])
+def test_a_trained_model_predicts_as_well_by_each_engine(trained, tokenizer, documents, engine):
+    texts = [text for text in documents[:40] if len(text) < CONTEXT - 2]
     nats = 0.0
-    for ids in texts:
-        read = decoding.decoder(model, 1, engine).read
+    for text in texts:
+        read = decoding.decoder(trained, 1, engine).read
+        ids = [tokenizer.BOS, *tokenizer.encode(text), tokenizer.EOS]
         for position, (i, following) in enumerate(itertools.pairwise(ids)):
             logits = read(*np.array([[0], [position], [i]]))
             nats -= log_softmax(logits)[0, following]
-    chars = sum(len(text) for text in documents if len(text) < context - 2)
-    expected = aigc_tf.evaluate(model, tokenizer, [text for text in documents if len(text) < context - 2])
+    chars = sum(map(len, texts))
+    expected = aigc_tf.evaluate(trained, tokenizer, texts)
     assert nats / np.log(2) / chars == pytest.approx(expected["bits_per_char"], abs=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy", "device"])
+def test_a_trained_model_predicts_as_well_beyond_its_context(build, trained, tokenizer, engine):
+    num_tokens, nats, over = 3 * CONTEXT, np.zeros(1), np.zeros(1, bool)
+    sampler = Sampler(tokenizer, check_settings(temperature=1.0, top_p=None, logit_bias={tokenizer.EOS: -np.inf}))
+    if engine == "device":
+        weights, prompts = decoding.model_weights(trained), [[tokenizer.BOS]]
+        written = loop.steps(weights, sampler, prompts, Chance([0]), num_tokens, over, log_probabilities=nats)
+    else:
+        texts = Texts(decoding.decoder(trained, 1, engine), [[tokenizer.BOS]])
+        written = generation.write_on(texts, sampler, Chance([0]), num_tokens, over, nats)
+    ids = np.array([tokenizer.BOS, *np.concatenate(list(written))])
+    assert len(ids) == num_tokens + 1
+
+    # By the plain graph, window by window; an LSTM's state goes on, as if its context were longer.
+    longer = build(tokenizer.vocab_size, CONTEXT if build.architecture == "transformer" else num_tokens)
+    longer.set_weights(trained.get_weights())
+    start, windows, lasts = 0, [], []
+    for end in range(1, num_tokens + 1):
+        if end - start > longer.input_shape[1]:
+            start = end - CONTEXT // 2
+        windows.append(np.resize(ids[start:end], longer.input_shape[1]))
+        lasts.append(end - start - 1)
+    logits = longer.predict_on_batch(np.array(windows))[range(num_tokens), lasts]
+    expected = np.take_along_axis(log_softmax(np.array(logits)), ids[1:, None], axis=1).mean()
+    assert nats[0] / num_tokens == pytest.approx(expected, abs=1e-3)

@@ -216,9 +216,9 @@ def test_prompts_of_very_different_lengths_do_not_touch_each_other(model, tokeni
     assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(batch, prompts, strict=True))
 
 
-def test_a_text_may_be_of_ten_thousand_tokens(tokenizer, engine):
-    # Where all cores are taken, threads that wait for each other are slow at a model as small as this.
-    context, length = 8, 2_000 if engine == "numba" else 10_000
+def test_a_text_may_be_many_times_as_long_as_the_context(tokenizer, engine):
+    # Longer too than what is first made room for, in columns and in random numbers.
+    context, length = 8, 600
     model = spread(aigc_tf.transformer(tokenizer.vocab_size, context, num_layers=2, num_heads=2, hidden_dim=16))
     bias = {**only(tokenizer, "".join(CLAUSES)), tokenizer.EOS: -float("inf")}
     settings = {"temperature": 3.0, "top_p": None, "seed": 0, "logit_bias": bias, "engine": engine}
@@ -274,9 +274,9 @@ def test_a_model_that_is_trained_on_is_read_anew(build, model, tokenizer, jit_co
     ids = np.array([tokenizer.encode("，".join(CLAUSES * 2))[: T + 1]], np.int32)
     texts = []
     for _ in range(4):
-        texts.append(generate(model, tokenizer, "白日", max_new_tokens=15, temperature=0))
+        texts.append(generate(model, tokenizer, "白日", max_new_tokens=4, temperature=0, engine="numpy"))
         # By hand half a character at the end is shown.
-        assert texts[-1].rstrip("\ufffd") == greedy_by_hand(model, tokenizer, "白日", 15).rstrip("\ufffd")
+        assert texts[-1].rstrip("\ufffd") == greedy_by_hand(model, tokenizer, "白日", 4).rstrip("\ufffd")
         model.train_on_batch(ids[:, :-1], ids[:, 1:])
     assert len(set(texts)) > 2
 
