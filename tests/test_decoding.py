@@ -181,14 +181,13 @@ def test_a_model_that_only_looks_like_ours_is_read_through_itself(build, tokeniz
 
 
 def test_a_long_context_is_compared_over_a_few_tokens(build, monkeypatch):
-    read = []
-    for name in ("_transformer_decoder", "_lstm_decoder"):
+    read, make = [], decoding.decoder
 
-        def make(*args, make=getattr(decoding, name)):
-            decode, copy = make(*args)
-            return lambda rows, positions, ids: read.append(len(ids)) or decode(rows, positions, ids), copy
+    def counting(*args):
+        made = make(*args)
+        return made._replace(read=lambda rows, positions, ids: read.append(len(ids)) or made.read(rows, positions, ids))
 
-        monkeypatch.setattr(decoding, name, make)
+    monkeypatch.setattr(decoding, "decoder", counting)
     assert decoding.model_weights(spread(build(V, 5 * decoding._COMPARED))) is not None
     assert read == [decoding._COMPARED]
 
