@@ -67,4 +67,4 @@ def _hash_of_kernels() -> str:
 
 @functools.cache
 def _say_once() -> None:
-    print("aigc_tf: compiling for this machine, once; it takes up to half a minute", file=sys.stderr, flush=True)
+    print("aigc_tf: compiling for this machine, once: up to half a minute of one core", file=sys.stderr, flush=True)
