@@ -61,9 +61,7 @@ def steps(
     num_padded = _power_of_two(num_rows)
     now = longest = max(map(len, prompts))
     end = longest + max_new_tokens
-    # The rule of repeated n-grams keeps all of the text on the device; else columns are added as they are written.
-    columns = end if sampler.settings.no_repeat_ngram is not None else min(end, longest + _FIRST_COLUMNS)
-    text = np.full((num_padded, columns), -1, np.int32)
+    text = np.full((num_padded, min(end, longest + _FIRST_COLUMNS)), -1, np.int32)
     starts = np.full(num_padded, longest)
     for row, prompt in enumerate(prompts):
         starts[row] -= len(prompt)
@@ -90,6 +88,11 @@ def steps(
             unread[:] = False
         # At the furthest to the token that is too much for a row; it is read anew before its logits are used.
         until = min(end, now + chunk, starts[going].min() + limit + 1)
+        if until > text.shape[1]:  # twice as many columns, so that little is copied, or compiled, again
+            text = np.pad(text, ((0, 0), (0, max(chunk, text.shape[1]))), constant_values=-1)
+            if "text" in state:
+                left = _columns_on_device(text) - state["text"].shape[1]
+                state["text"] = ops.pad(state["text"], ((0, 0), (left, 0)), constant_values=-1)
         uniforms = np.zeros((num_padded, chunk), np.float32)
         # Rounded to float32 a number could become 1, at which nothing is drawn.
         drawn = chance.take(np.arange(num_rows), now - longest, chunk)
@@ -99,8 +102,6 @@ def steps(
         ids, scores = ops.convert_to_numpy(ids), ops.convert_to_numpy(scores)
         if (ids == _NO_NUMBER).any():
             raise ValueError(NOT_FINITE)
-        if until > text.shape[1]:
-            text = np.pad(text, ((0, 0), (0, max(chunk, text.shape[1]))), constant_values=-1)
         for i in range(until - now):
             going[:num_rows] &= ~over
             if not going.any():
@@ -133,13 +134,14 @@ class _Rules(NamedTuple):
     scored: bool
 
 
+_NUMBERS_OF_A_MODEL = ("num_heads", "context")
 _moved = weakref.WeakKeyDictionary()  # weights -> from a dtype to the same on the device
 
 
 def _weights_on_device(weights, dtype: str) -> dict:
     kept = _moved.setdefault(weights, {})
     if dtype not in kept:
-        arrays = {name: arrays for name, arrays in vars(weights).items() if name != "num_heads"}
+        arrays = {name: arrays for name, arrays in vars(weights).items() if name not in _NUMBERS_OF_A_MODEL}
         kept[dtype] = keras.tree.map_structure(lambda array: ops.convert_to_tensor(array, dtype), arrays)
     return kept[dtype]
 
@@ -169,9 +171,14 @@ def _first_state(weights, sampler: Sampler, text: np.ndarray, now: int, dtype: s
         counts = sampling.count_tokens(text[:, :now], vocab_size)
         state["counts"] = ops.convert_to_tensor(np.stack([counts, np.zeros_like(counts)]))
     if sampler.settings.no_repeat_ngram is not None:
-        left = _power_of_two(text.shape[1], at_least=16) - now
+        left = _columns_on_device(text) - now
         state["text"] = ops.convert_to_tensor(np.pad(text[:, :now], ((0, 0), (left, 0)), constant_values=-1))
     return state
+
+
+def _columns_on_device(text: np.ndarray) -> int:
+    """Return how many columns of ids the rule of repeated n-grams has on the device."""
+    return _power_of_two(text.shape[1], at_least=16)
 
 
 # --- what is compiled: writing -------------------------------------------------------------------------------

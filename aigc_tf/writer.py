@@ -8,7 +8,7 @@ import numpy as np
 from .beams import search_beams
 from .decoding import Decoder, decoder
 from .forcing import CANDIDATES, Forcing
-from .hardware import machine_bytes
+from .hardware import available_bytes, machine_bytes
 from .sampler import Sampler, check_words
 from .sampling import log_softmax
 from .texts import Chance, Texts
@@ -60,7 +60,7 @@ class Writer:
     def num_texts_at_once(self, samples: int) -> int:
         """Return how many texts of so many samples each are written at a time: in a half of the memory that is free."""
         rows = samples * (Forcing.rows_of_a_text if self._forcing else 1)
-        free = machine_bytes() or _USUAL_BYTES
+        free = (available_bytes if self._engine == "device" else machine_bytes)() or _USUAL_BYTES
         return max(1, int(free / 2 // (rows * _bytes_of_a_text(self._source))))
 
     def write(self, begins, seed: int, samples: int, scored: bool) -> list[tuple[list[int], float | None]]:

@@ -1,3 +1,4 @@
+import itertools
 import sys
 import types
 
@@ -47,23 +48,44 @@ def test_a_notebook_shows_any_text_as_it_is():
     assert shown.count("white-space: pre-wrap") == 2
 
 
-def test_a_notebook_draws_while_it_is_written(monkeypatch):
-    # What the kernel of a notebook would show, taken where it is handed to IPython.
-    ipython = pytest.importorskip("IPython")
+@pytest.fixture
+def drawn(monkeypatch):
+    """What the kernel of a notebook would show, taken where it is handed to IPython, which need not be there."""
     drawn = []
 
     class Area:
         def update(self, drawing):
-            drawn.append(drawing.data)
+            drawn.append(drawing)
 
-    monkeypatch.setattr(ipython.display, "display", lambda *_, display_id: Area())
+    display = types.ModuleType("IPython.display")
+    display.HTML, display.display = str, lambda *_, display_id: Area()
+    ipython = types.ModuleType("IPython")
+    ipython.display = display
+    ipython.get_ipython = type("ZMQInteractiveShell", (), {})
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    return drawn
+
+
+def test_a_notebook_draws_while_it_is_written(monkeypatch, drawn):
     monkeypatch.setattr(live, "_SECONDS_BETWEEN", 0)
-    texts = [""]
-    live._write_in_notebook([iter("白日依")], texts)
-    assert texts == ["白日依"]
+    assert show(iter("白日依")) == ["白日依"]
     assert len(drawn) >= 3
     assert "白日依" in drawn[-1]
     assert "白日依" not in drawn[0]
+
+
+def test_a_notebook_is_not_drawn_at_every_piece(monkeypatch, drawn):
+    now = itertools.count(1.0, live._SECONDS_BETWEEN / 10)  # the clock, a tenth of that later at each look
+    monkeypatch.setattr(live, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    assert show(iter("白日依山尽" * 40), iter("黄")) == ["白日依山尽" * 40, "黄"]
+    assert 10 < len(drawn) < 40
+    assert "白日依山尽" * 40 in drawn[-1]
+
+
+def test_what_was_written_is_drawn_where_the_writing_is_interrupted(drawn):
+    assert show(interrupted(["白", "日"])) == ["白日"]
+    assert "白日" in drawn[-1]
 
 
 @pytest.mark.parametrize(("shell", "expected"), [("ZMQInteractiveShell", True), ("TerminalInteractiveShell", False)])
@@ -95,5 +117,7 @@ def test_a_terminal_gets_no_commands_from_messages_and_generate(monkeypatch, cap
     tokenizer = Tokenizer.train(["白\x1b"])
     save(tmp_path, spread(lstm(tokenizer.vocab_size, 8, hidden_dim=8)), tokenizer)
     for options in ([], ["--best-of", "2"]):
-        assert main(["generate", str(tmp_path), "\x1b[2J", "--max-new-tokens", "2", "--seed", "0", *options]) == 0
+        assert (
+            main(["generate", str(tmp_path), "\x1b[2J", "--raw", "--max-new-tokens", "2", "--seed", "0", *options]) == 0
+        )
         assert capsys.readouterr().out.startswith("\ufffd[2J")

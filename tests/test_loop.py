@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import gc
 import importlib
+import itertools
 
 import numpy as np
 import pytest
@@ -59,6 +60,12 @@ def sampler(tokenizer):
         return Sampler(tokenizer, check_settings(**settings))
 
     return make
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Run the operations one by one, which for a few steps of a small model takes less time than to compile them."""
+    monkeypatch.setattr(loop, "compiled", functools.partial)
 
 
 class Calls(list):
@@ -167,12 +174,14 @@ def test_draws_with_every_setting_are_those_of_the_cpu(weights, sampler, tokeniz
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("uncompiled")
 def test_each_setting_alone(transformer, sampler, tokenizer, settings):
     written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer), chance())
     plain = sampler(temperature=settings.get("temperature", 0.8), top_p=None)
     assert not np.array_equal(written, on_the_cpu(transformer, plain, encode(tokenizer), chance()))
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_text_with_nothing_left_to_come_ends(transformer, sampler, tokenizer):
     only = {i: -np.inf for i in range(tokenizer.vocab_size) if i not in tokenizer.encode("白日")}
     settings = {"temperature": 0, "no_repeat_ngram": 1, "logit_bias": only}
@@ -180,6 +189,8 @@ def test_a_text_with_nothing_left_to_come_ends(transformer, sampler, tokenizer):
     assert (written == tokenizer.EOS).argmax(axis=0).tolist() == [1, 2, 0]
 
 
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.filterwarnings("ignore:You are using a softmax over axis")  # of the plain model, which is right
 def test_a_context_of_one_position(sampler, tokenizer):
     model = aigc_tf.transformer(tokenizer.vocab_size, 1, num_layers=1, num_heads=1, hidden_dim=8)
     generator = np.random.default_rng(0)
@@ -200,8 +211,29 @@ def test_logits_are_those_of_the_cpu(weights, sampler, tokenizer, calls, monkeyp
     assert np.std(expected) > 0.5
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_the_rule_of_n_grams_sees_all_of_a_text_of_any_length(transformer, sampler, tokenizer, monkeypatch):
+    settings = {"temperature": 0, "no_repeat_ngram": 1, "logit_bias": {tokenizer.EOS: -np.inf}}
+    monkeypatch.setattr(loop, "_FIRST_COLUMNS", 3)
+    written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer), chance())
+    assert all(len(set(ids.tolist())) == STEPS for ids in written.T)
+    over = np.zeros(3, bool)
+    steps = loop.steps(transformer, sampler(**settings), encode(tokenizer), Chance([0, 1, 2]), 10**11, over, chunk=7)
+    np.testing.assert_array_equal(list(itertools.islice(steps, STEPS)), written)
+
+
+def test_how_many_texts_are_written_at_once_is_a_matter_of_the_memory_in_use(transformer, tokenizer, monkeypatch):
+    monkeypatch.setattr(writer, "machine_bytes", lambda: 1e6)
+    monkeypatch.setattr(writer, "available_bytes", lambda: 1e9)
+    at_once = [
+        writer.Writer(tokenizer, engine, transformer, check_settings(), 9, ()).num_texts_at_once(1)
+        for engine in ("numpy", "device")
+    ]
+    assert at_once[1] == pytest.approx(1000 * at_once[0], rel=0.1)
+
+
 @architectures
-def test_bfloat16_is_near(weights, sampler, tokenizer, calls):
+def test_bfloat16_is_near(weights, sampler, tokenizer, uncompiled, calls):
     for dtype in ("float32", "bfloat16"):
         write(weights, sampler(), encode(tokenizer), chance(steps=1), dtype=dtype)
     exact, near = (state["logits"][:3] for name, _, (_, state, *_), _ in calls if name == "_write")
@@ -217,7 +249,7 @@ def test_another_prompt_batch_model_or_number_compiles_nothing(kind, weights, sa
         graph = functools.cache(lambda f, *static: tf.function(functools.partial(f, *static), autograph=False))
         monkeypatch.setattr(loop, "compiled", graph)
     other_weights = make_weights(kind, tokenizer, seed=1)
-    settings = {**all_settings(tokenizer), "top_k": 61, "typical_p": None}
+    settings = {**all_settings(tokenizer), "top_k": 61, "typical_p": None, "no_repeat_ngram": None}
 
     def run(prompts, weights=weights, steps=3, **changed):
         made = sampler(**{**settings, **changed})
@@ -307,6 +339,7 @@ def test_the_cache_is_written_in_place(transformer, sampler, tokenizer, calls):
     assert not [line for line in of_the_cache if " copy(" in line]
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_logits_that_are_not_finite_are_said(transformer, sampler, tokenizer):
     spoilt = dataclasses.replace(transformer, final_norm=np.full_like(transformer.final_norm, np.nan))
     for weights, settings in ((spoilt, {}), (spoilt, {"temperature": 1.0})):
