@@ -117,6 +117,12 @@ def test_every_file_that_the_readme_names_exists():
         assert any((ROOT / folder / name).exists() for folder in (".", "aigc_tf")), name
 
 
+def test_every_file_of_the_package_is_named_in_both_languages():
+    files = {path.name for path in (ROOT / "aigc_tf").glob("*.py")} - {"__init__.py"}
+    for readme in (README, CHINESE):
+        assert files - set(re.findall(r"\b\w+\.py", readme)) == set()
+
+
 def test_the_package_says_its_version_once():
     import aigc_tf
 
