@@ -73,7 +73,10 @@ def _tied_head(model):
     if isinstance(head.operation, keras.layers.Identity):
         head = source_of(head.input_tensors[0])
     embedding = head.operation
-    return head if isinstance(embedding, keras.layers.ReversibleEmbedding) and embedding.tie_weights else None
+    is_tied = isinstance(embedding, keras.layers.ReversibleEmbedding) and embedding.tie_weights
+    if not is_tied or embedding.logit_soft_cap is not None:
+        return None
+    return head if (embedding.reverse_dtype or embedding.variable_dtype) == embedding.compute_dtype else None
 
 
 def draw_candidates(

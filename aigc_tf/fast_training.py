@@ -17,6 +17,7 @@ from .keras_internals import (
     adamw_state,
     attention_dropout,
     attention_problem,
+    has_masks,
     is_keras_own,
     is_masked,
     source_of,
@@ -70,6 +71,8 @@ def passes_problem(model: keras.Model) -> str | None:
         return f"{type(model).__name__} is no graph of Keras' own"
     if type(model.loss) is not keras.losses.SparseCategoricalCrossentropy or model.loss.get_config() != loss:
         return "the loss is not the mean cross-entropy of logits"
+    if has_masks(model):
+        return "a layer passes on a mask"
     return numba_problem()
 
 
@@ -261,7 +264,8 @@ class _WithPasses(keras.Model):
     """A graph whose loss takes logits in the dtype of the layers."""
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        if sample_weight is not None or y_pred.dtype not in (tf.float32, tf.bfloat16):
+        is_weighted = sample_weight is not None or is_masked(y_pred)
+        if is_weighted or y_pred.dtype not in (tf.float32, tf.bfloat16):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         loss = _cross_entropy(tf.reshape(y_pred, (-1, y_pred.shape[-1])), tf.reshape(tf.cast(y, tf.int32), (-1,)))
         return tf.add_n([loss, *self.losses])

@@ -14,6 +14,12 @@ def is_masked(tensor) -> bool:
     return getattr(tensor, "_keras_mask", None) is not None
 
 
+def has_masks(model) -> bool:
+    """Tell whether a layer in the graph of a model passes on a mask."""
+    nodes = (node for at_depth in model._nodes_by_depth.values() for node in at_depth)
+    return any(is_masked(tensor) for node in nodes for tensor in node.outputs)
+
+
 def is_keras_own(thing) -> bool:
     """Tell whether a thing is of a class of Keras, and not of one that a user derived from it."""
     return type(thing).__module__.split(".")[0] == "keras"

@@ -1,5 +1,7 @@
 """Optimization: the optimizer and the learning rate of a training."""
 
+import math
+
 from .devices import keras, tf
 from .distribution import num_replicas
 
@@ -34,7 +36,17 @@ class WarmupStableDecay(keras.optimizers.schedules.LearningRateSchedule):
         return {name: getattr(self, name) for name in ("learning_rate", "steps", "num_microbatches")}
 
 
-def adamw(schedule, weight_decay: float, clip_norm: float, num_microbatches: int = 1) -> keras.optimizers.AdamW:
+def check_optimization(learning_rate: float, weight_decay: float, clip_norm: float | None = None) -> None:
+    """Refuse settings with which nothing is learned, or which make weights infinite."""
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be finite and above 0, got {learning_rate}.")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be finite and at least 0, got {weight_decay}.")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise ValueError(f"clip_norm must be finite and above 0, or None, got {clip_norm}.")
+
+
+def adamw(schedule, weight_decay: float, clip_norm: float | None, num_microbatches: int = 1) -> keras.optimizers.AdamW:
     """Make the optimizer of a training (see `train`)."""
     settings = {"weight_decay": weight_decay, "beta_2": 0.95, "global_clipnorm": clip_norm}
     if num_microbatches > 1:

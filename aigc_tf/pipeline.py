@@ -15,18 +15,19 @@ from .dataset import make_dataset, make_store, open_store
 from .distribution import is_first_host, known_precision, num_hosts, num_replicas
 from .estimation import memory_warning
 from .evaluation import FINAL_TOKENS, baselines, evaluate, sample_documents
-from .files import LOCK, locked
+from .files import locked
 from .generation import generate
 from .initialisation import initialise
 from .models import build
-from .saving import add_to_run, save
+from .optimization import check_optimization
+from .saving import add_to_run, has_run, save
 from .segmentation import as_user_dict, remove_stopwords
 from .text import MOST_CHARS, documents_sha256, split
 from .tokenizer import Tokenizer, usual_processes
 from .training import train
 
 _PASSES, _LEAST_STEPS, _MOST_STEPS = 9, 500, 10_000
-_OF_A_TRAINING = {LOCK, CHECKPOINTS, "log.csv", "tensorboard"}
+_OF_A_TRAINING = {CHECKPOINTS, "log.csv", "tensorboard"}
 
 
 def run_pipeline(
@@ -120,6 +121,7 @@ def run_pipeline(
     settings["precision"] = precision = known_precision(precision)
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_optimization(learning_rate, weight_decay)
 
     with locked(folder) if is_first_host() else contextlib.nullcontext(), _tidied(folder):
         # 1. preprocess
@@ -217,7 +219,8 @@ def is_unfinished(folder: Path) -> bool:
     if list_checkpoints(folder / CHECKPOINTS):
         return True
     # One that was killed before it had any, or whose lock has just been made.
-    return not (folder / "run.json").exists() and {p.name for p in folder.iterdir()} <= _OF_A_TRAINING
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}  # without what a kill has left
+    return not has_run(folder) and names <= _OF_A_TRAINING
 
 
 @contextlib.contextmanager

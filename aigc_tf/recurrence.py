@@ -35,8 +35,10 @@ def is_plain(operation, kind: type, *free: str, any_dtype: bool = False) -> bool
     if type(operation) is not kind or not (any_dtype or operation.compute_dtype in ("float32", "bfloat16")):
         return False
     config = operation.get_config()
-    seed = {"seed": 0} if "seed" in config else {}  # without one Keras takes it from Python's own generator
-    plain = kind(**{name: config[name] for name in free}, **seed).get_config()
+    # Without these Keras takes seeds from Python's own generator, which is the user's.
+    chance = {name: "zeros" for name in config if name.endswith("_initializer")}
+    chance |= {"seed": 0} if "seed" in config else {}
+    plain = kind(**{name: config[name] for name in free}, **chance).get_config()
     free = {*free, "name", "dtype", "trainable", "seed"}
     names = {name for name in {**config, **plain} if name not in free and not name.endswith("_initializer")}
     return all(config.get(name) == plain.get(name) for name in names)

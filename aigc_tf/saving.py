@@ -114,6 +114,11 @@ def _file(path: Path, name: str) -> Path:
     return moving if moving.is_file() else path / name
 
 
+def has_run(path: Path) -> bool:
+    """Tell whether a folder holds a run, be it one that a process was killed in moving to its place."""
+    return _file(path, _RUN).is_file()
+
+
 def load(path):
     """Load the model and the tokenizer of a run folder.
 

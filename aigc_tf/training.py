@@ -14,7 +14,7 @@ from .devices import keras, tf, uses_accelerator
 from .distribution import check_distribution, is_first_host, num_replicas
 from .fast_training import fast_training
 from .files import locked
-from .optimization import WarmupStableDecay, adamw
+from .optimization import WarmupStableDecay, adamw, check_optimization
 from .text import check_documents, documents_sha256
 from .tokenizer import Tokenizer, check_vocabulary
 
@@ -28,7 +28,7 @@ def train(
     steps: int,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.1,
-    clip_norm: float = 1.0,
+    clip_norm: float | None = 1.0,
     validations: int = 10,
     num_microbatches: int = 1,
     num_candidates: int | None = None,
@@ -64,7 +64,7 @@ def train(
         steps: how many batches to learn from.
         learning_rate: the highest learning rate.
         weight_decay: the share of each weight that goes per step, times the learning rate.
-        clip_norm: the largest global norm of the gradients.
+        clip_norm: the largest global norm of the gradients, or None.
         validations: how often to evaluate on the held-out documents, the end included.
         num_microbatches: in how many parts to compute a batch, one after the other: the same training in less
             memory, as their gradients are added up.
@@ -100,6 +100,7 @@ def train(
     for name, value in (("checkpoint_minutes", checkpoint_minutes), ("checkpoint_steps", checkpoint_steps)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, or None, got {value}.")
+    check_optimization(learning_rate, weight_decay, clip_norm)
     check_documents(valid_documents)
     if not valid_documents:
         raise ValueError("Training needs at least one held-out document to choose the best weights by, got none.")
@@ -283,7 +284,7 @@ def compile_model(
     steps: int,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.1,
-    clip_norm: float = 1.0,
+    clip_norm: float | None = 1.0,
     num_microbatches: int = 1,
 ) -> keras.optimizers.schedules.LearningRateSchedule:
     """Give a model the loss and the optimizer that `train` uses, and return the schedule of its learning rate."""

@@ -71,7 +71,7 @@ ALLOWED = {
     },
     "pipeline": {
         "checkpoints", "dataset", "distribution", "estimation", "evaluation", "files", "generation", "initialisation",
-        "models", "saving", "segmentation", "text", "tokenizer", "training",
+        "models", "optimization", "saving", "segmentation", "text", "tokenizer", "training",
     },
     "search_space": {"pipeline"},
     "tuning": {"devices", "files", "pipeline", "saving", "search_space", "text"},

@@ -5,7 +5,7 @@ import pytest
 from conftest import message_of, spread
 
 from aigc_tf import load, lstm, make_dataset, save, train
-from aigc_tf.candidates import _log_expected, candidate_model, draw_candidates
+from aigc_tf.candidates import _log_expected, candidate_model, draw_candidates, has_tied_head
 from aigc_tf.devices import keras, tf
 from aigc_tf.training import usual_candidates
 
@@ -114,6 +114,14 @@ def test_its_logits_are_those_of_the_model(build):
     np.testing.assert_allclose(logits, all_logits[..., candidates] - expected, rtol=1e-4, atol=1e-4)
     assert {id(weight) for weight in among.weights} == {id(weight) for weight in model.weights}
     assert len(model.weights) == number_of_weights
+
+
+@pytest.mark.parametrize("settings", [{"logit_soft_cap": 2.0}, {"reverse_dtype": "float16"}, {"tie_weights": False}])
+def test_a_head_that_does_more_than_multiply_has_no_candidates(settings):
+    ids = keras.Input((T,), dtype="int32")
+    plain, other = (keras.layers.ReversibleEmbedding(V, 4, **kwargs) for kwargs in ({}, settings))
+    assert has_tied_head(keras.Model(ids, plain(plain(ids), reverse=True)))
+    assert not has_tied_head(keras.Model(ids, other(other(ids), reverse=True)))
 
 
 def test_with_all_tokens_as_candidates_it_learns_the_same(build, documents, tokenizer):

@@ -130,6 +130,32 @@ def test_other_optimizers_and_losses_are_left_to_keras():
         assert problem_with(loss) == "the loss is not the mean cross-entropy of logits"
 
 
+def masked():
+    """Return a compiled model whose loss takes no account of padding, as its layers pass on a mask."""
+    keras.utils.set_random_seed(0)
+    ids = keras.Input((T,), dtype="int32")
+    x = keras.layers.LayerNormalization()(keras.layers.Embedding(V, 8, mask_zero=True)(ids))
+    model = keras.Model(ids, keras.layers.Dense(V)(x))
+    compile_model(model, 10, learning_rate=0.01, clip_norm=None)
+    return model
+
+
+def test_what_is_masked_counts_for_nothing():
+    ids = np.random.default_rng(0).integers(1, V, (B, T + 1))
+    ids[0, 3:] = 0
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    expected = masked().train_on_batch(inputs, targets)
+    model = masked()
+    assert passes_problem(model) == "a layer passes on a mask"
+    with fast_training(model, 100) as (to_train, methods):
+        assert PASSES not in methods
+        assert to_train.train_on_batch(inputs, targets) == pytest.approx(expected, rel=1e-6)
+    with_passes = module._WithPasses(model.inputs[0], model.outputs[0])
+    with_passes.compile(loss=model.loss)
+    losses = [float(m.compute_loss(inputs, tf.constant(targets), m(inputs))) for m in (model, with_passes)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "policy"),
     # Keras builds no LSTM in bfloat16.

@@ -8,7 +8,7 @@ import aigc_tf
 from aigc_tf.__main__ import _pipeline_settings
 from aigc_tf.devices import keras
 from aigc_tf.parser import make_parser
-from aigc_tf.pipeline import SETTINGS, _encode, run_pipeline, usual_steps
+from aigc_tf.pipeline import SETTINGS, _encode, is_unfinished, run_pipeline, usual_steps
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
 
@@ -66,10 +66,21 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_written
         ({"user_dict": ["词"]}, 'user_dict is for unit="word"'),
         ({"hidden_dim": 9, "num_heads": 2}, "multiple of num_heads"),
         ({"precision": "float9"}, "float9"),
+        ({"learning_rate": -1.0}, "learning_rate must be finite and above 0, got -1.0"),
+        ({"weight_decay": float("nan")}, "weight_decay must be finite and at least 0, got nan"),
     ]:
         assert part in message_of(ValueError, run_pipeline, documents, tmp_path / "run", **{**SMALL, **wrong})
     assert not (tmp_path / "run").exists()
     assert keras.config.dtype_policy().name == "float32"
+
+
+def test_what_a_kill_leaves_beside_a_log_keeps_nobody_from_going_on(tmp_path):
+    for name in (".lock", ".0123456789ab-log.csv", "log.csv"):
+        (tmp_path / name).touch()
+    assert is_unfinished(tmp_path)
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving/run.json").touch()  # a whole run, on its way to its place
+    assert not is_unfinished(tmp_path)
 
 
 def test_one_novel_makes_a_run(documents, tmp_path, capsys):

@@ -213,9 +213,20 @@ def test_a_held_out_figure_that_is_no_number_stops_with_the_step(build, document
         run(build, documents, tokenizer)
 
 
+WRONG_SETTINGS = {
+    "learning_rate": [0.0, -1.0, math.nan, math.inf],
+    "weight_decay": [-1.0, math.nan, math.inf],
+    "clip_norm": [0.0, -1.0, math.nan, math.inf],
+}
+
+
 def test_wrong_settings_are_said(build, documents, tokenizer):
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         run(build, documents, tokenizer, steps=0)
+    for name, values in WRONG_SETTINGS.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name} must be finite and .*, got {value}"):
+                run(build, documents, tokenizer, **{name: value})
     data = make_dataset(documents, tokenizer, T, 4, seed=0)
     with pytest.raises(ValueError, match="at least one held-out document"):
         train(build(tokenizer.vocab_size, T), data, tokenizer, [], steps=1)
