@@ -103,7 +103,7 @@ def _read_settings(file: Path) -> dict:
 
 
 def _stem(options) -> str:
-    return Path(options.paths[0].removeprefix(_CORPUS)).stem
+    return Path(os.path.abspath(options.paths[0].removeprefix(_CORPUS))).stem  # that of "." too
 
 
 def _documents(options) -> list[str]:

@@ -148,15 +148,10 @@ class Course(keras.callbacks.Callback):
         for value in arrays["variables"]:
             self._check_is_number("sum of the weights", float(np.sum(value, dtype=np.float64)))
         record = {"step": self.step, "history": self.history, "identity": self.identity}
-        try:
+        with self._told_what_is_kept("the checkpoint", self.folder):
             self.newest_checkpoint = write_checkpoint(
                 self.folder, self.step, {**arrays, "best": self.best_weights}, record, self.keep
             )
-        except OSError as error:
-            reason = f"{error.strerror}: the checkpoint of step {self.step} cannot be written. {self._last_good('one')}"
-            raise OSError(
-                error.errno, f"{reason} Make room, and train again: it goes on there", str(self.folder)
-            ) from None
         self.checkpoint_ended = time.perf_counter()
         self.seconds_writing = self.checkpoint_ended - began
         self.seconds_aside += self.seconds_writing
@@ -168,9 +163,17 @@ class Course(keras.callbacks.Callback):
         is_by_step = self.every_steps is not None and self._passed(self.every_steps)
         return is_by_step or self.step == self.steps or time.perf_counter() - self.checkpoint_ended > wait
 
-    def _last_good(self, noun: str) -> str:
+    @contextlib.contextmanager
+    def _told_what_is_kept(self, what: str, path):
+        try:
+            yield
+        except OSError as error:
+            reason = f"{error.strerror}: {what} of step {self.step} cannot be written. {self._last_good()}"
+            raise OSError(error.errno, f"{reason} Make room, and train again: it goes on there", str(path)) from None
+
+    def _last_good(self) -> str:
         kept = self.newest_checkpoint
-        return f"The last good {noun} is {kept}." if kept else "There is none before it."
+        return f"The last good checkpoint is {kept}." if kept else "There is none before it."
 
     # --- steps ---
 
@@ -241,12 +244,13 @@ class Course(keras.callbacks.Callback):
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([list(self.history), *zip(*self.history.values(), strict=True)])
-        with write_beside(self.run_dir / "log.csv") as temporary:
+        log = self.run_dir / "log.csv"
+        with self._told_what_is_kept("the log", log), write_beside(log) as temporary:
             temporary.write_text(text.getvalue(), "utf-8")
 
     def _check_is_number(self, name: str, value: float) -> None:
         if not math.isfinite(value):
-            kept = f" {self._last_good('checkpoint')}" if self.newest_checkpoint else ""
+            kept = f" {self._last_good()}" if self.newest_checkpoint else ""
             raise ValueError(
                 f"The {name} became {value} at step {self.step} with a learning rate of "
                 f"{self._learning_rate():.3g}.{kept} Train again with a lower one."

@@ -95,7 +95,8 @@ def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no store at `path`.
-        ValueError: the store is damaged or belongs to another tokenizer.
+        ValueError: the store belongs to another tokenizer, or is of another size or dtype than it says. That its ids
+            are those that were written is not looked at, as it would take reading them.
     """
     path = Path(path)
     if not (path / _MANIFEST).is_file():
@@ -109,6 +110,8 @@ def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
         raise ValueError(f"{path / _MANIFEST} cannot be read by this version: {error}.") from None
     if made_with != tokenizer.fingerprint:
         raise ValueError(f"The token store {path} was made with another tokenizer. Make it anew.")
+    if dtype != _dtype(tokenizer).name:
+        raise ValueError(f"The token store {path} must be of {_dtype(tokenizer).name}, but says {dtype}. Make it anew.")
     if num_tokens * np.dtype(dtype).itemsize != (path / _TOKENS).stat().st_size:
         raise ValueError(f"{path / _TOKENS} does not have the {num_tokens} ids of its manifest. Make it anew.")
     return np.memmap(path / _TOKENS, dtype, mode="r") if num_tokens else np.empty(0, dtype)  # nothing cannot be mapped
@@ -169,7 +172,7 @@ def make_dataset(
         from batch k on; `identity()`, a dict that tells it from other data; `counts()`, how often each token occurs.
 
     Raises:
-        ValueError: the documents do not fill one window, or without a seed one batch.
+        ValueError: the documents do not fill one window, or without a seed one batch; or a setting is out of range.
 
     Example:
         >>> documents = ["春眠不觉晓，", "处处闻啼鸟。"]
@@ -182,6 +185,8 @@ def make_dataset(
     from .devices import tf
 
     _require_positive(context=context, batch_size=batch_size)
+    if seed is not None:
+        seed = as_seed(seed)
     tokens = documents if isinstance(documents, np.ndarray) else make_store(documents, tokenizer)
     starts = _window_starts(tokens, tokenizer.BOS, context)
     num_windows = len(starts)
@@ -263,6 +268,13 @@ def _window_starts(tokens: np.ndarray, bos: int, context: int) -> np.ndarray:
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+
+
+def as_seed(seed) -> int:
+    """Return a seed of any type of whole numbers as Python's own; refuse one that TensorFlow cannot hold."""
+    if not 0 <= seed < 2**63 or seed != int(seed):
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed}.")
+    return int(seed)
 
 
 def _require_positive(**settings: int) -> None:

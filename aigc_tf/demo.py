@@ -1,11 +1,12 @@
 """The demo: both models on the Tang quatrains that ship with the package, measured and writing."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from .checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
-from .dataset import make_dataset
+from .dataset import as_seed, make_dataset
 from .devices import keras
 from .documents import load_documents
 from .evaluation import baselines, evaluate
@@ -56,12 +57,13 @@ def run_demo(
         The figures of each model, and under "baselines" those of the baselines.
 
     Raises:
-        ValueError: `steps_fraction` is not above 0, or the folder holds another demo.
+        ValueError: `steps_fraction` or `seed` is out of range, or the folder holds another demo.
         BlockingIOError: a demo is going on in the folder.
         KeyboardInterrupt: Ctrl-C. The same call goes on.
     """
-    if not steps_fraction > 0:
-        raise ValueError(f"steps_fraction must be above 0, got {steps_fraction}.")
+    if not 0 < steps_fraction < math.inf:
+        raise ValueError(f"steps_fraction must be finite and above 0, got {steps_fraction}.")
+    seed = as_seed(seed)
     poems = load_documents(shipped_file("tang_quatrains.txt"))
     train_poems, valid_poems = split(poems)
     tokenizer = Tokenizer.train(train_poems)

@@ -27,7 +27,13 @@ def hidden_native_logs() -> Iterator[None]:
     except (OSError, AttributeError):  # no standard error at all, as under pythonw: nothing to hide
         yield
         return
-    with tempfile.TemporaryFile() as hidden:
+    try:
+        hidden = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
+    except OSError:  # no place for one: then nothing is hidden
+        os.close(original)
+        yield
+        return
+    with hidden:
         os.dup2(hidden.fileno(), 2)
         has_failed = True
         try:

@@ -143,8 +143,8 @@ def _measure(compute, given: Iterable, documents: list[str], progress=lambda don
 
 def _require_documents(documents: list[str]) -> None:
     check_documents(documents)
-    if not documents:
-        raise ValueError("An evaluation needs at least one document, got none.")
+    if not any(documents):
+        raise ValueError("An evaluation needs at least one document that is not empty, got none.")
 
 
 def _figures(nats: float, num_tokens: int, documents: list[str]) -> dict[str, float]:
@@ -187,9 +187,9 @@ def baselines(
     """
     check_documents(train_documents)
     check_documents(valid_documents)
-    if not len(train_documents) or not len(valid_documents):
+    if not len(train_documents) or not any(valid_documents):
         raise ValueError(
-            "Baselines need at least one document to count in and at least one document to predict, "
+            "Baselines need at least one document to count in and at least one that is not empty to predict, "
             f"got {len(train_documents)} and {len(valid_documents)}."
         )
     is_store = isinstance(train_documents, np.ndarray)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import threading
 import uuid
@@ -31,7 +32,8 @@ _KINDS = (
     (b"\xfe\xff", "UTF-16", _UTF16),
 )
 LOCK = ".lock"
-_held: dict[Path, int] = {}  # a folder that this process has locked -> the thread that did
+_BESIDE = re.compile(r"\.[0-9a-f]{12}-")  # how names begin that are written to beside others
+_held: dict[Path, tuple] = {}  # a folder that this process has locked -> the thread that did, and the file of the lock
 
 
 def read_text(path) -> str:
@@ -75,6 +77,13 @@ def write_beside(path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def delete_unfinished(folder) -> None:
+    """Delete what killed processes had begun to write beside the files of a folder; for the one that has it locked."""
+    for path in Path(folder).glob(".*-*"):
+        if _BESIDE.match(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def sync(file: Path) -> None:
     """Wait until a file that was written is on the disk."""
     with open(file, "rb+") as opened:
@@ -106,7 +115,7 @@ def locked(folder) -> Iterator[None]:
     """
     folder = Path(folder)
     key = folder.resolve()
-    if _held.get(key) == threading.get_ident():
+    if key in _held and _held[key][0] == threading.get_ident():
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -116,11 +125,12 @@ def locked(folder) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
-        _held[key] = threading.get_ident()
+        _held[key] = threading.get_ident(), file
         yield
     finally:
         _held.pop(key, None)
-        if os.name == "posix":
+        is_own = not file.closed  # or this is a child: see _let_go_in_child
+        if os.name == "posix" and is_own:
             Path(file.name).unlink(missing_ok=True)  # before it is released: see _open_locked
         file.close()
         if os.name != "posix":
@@ -129,6 +139,17 @@ def locked(folder) -> Iterator[None]:
         with contextlib.suppress(OSError):  # it is not empty
             for path in made:
                 path.rmdir()
+
+
+def _let_go_in_child() -> None:
+    """Leave the locks to the process that was forked, which has them as long as its child would not."""
+    for _, file in _held.values():
+        file.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _open_locked(path: Path):

@@ -89,7 +89,9 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
     )
     train.add_argument("--learning-rate", type=float, default=1e-3, metavar="R", help="the highest learning rate")
     train.add_argument("--weight-decay", type=float, default=0.1, metavar="W", help="weight decay of AdamW")
-    train.add_argument("--validations", type=int, default=10, metavar="N", help="evaluations on the held-out side")
+    train.add_argument(
+        "--validations", type=int, default=10, metavar="N", help="at most so many evaluations on the held-out side"
+    )
     train.add_argument("--seed", type=int, default=0, help="the seed of weights, dropout and order")
     train.add_argument("--devices", type=int, metavar="N", help="how many devices share a batch; 0 takes all there are")
     train.add_argument(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import __version__
 from .checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
-from .dataset import make_dataset, make_store, open_store
+from .dataset import as_seed, make_dataset, make_store, open_store
 from .distribution import is_first_host, known_precision, num_hosts, num_replicas
 from .estimation import memory_warning
 from .evaluation import FINAL_TOKENS, baselines, evaluate, sample_documents
@@ -20,7 +20,7 @@ from .generation import generate
 from .initialisation import initialise
 from .models import build
 from .optimization import check_optimization
-from .saving import add_to_run, has_run, save
+from .saving import add_to_run, delete_leftovers, has_run, save
 from .segmentation import as_user_dict, remove_stopwords
 from .text import MOST_CHARS, documents_sha256, split
 from .tokenizer import Tokenizer, usual_processes
@@ -122,8 +122,11 @@ def run_pipeline(
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
     check_optimization(learning_rate, weight_decay)
+    settings["seed"] = seed = as_seed(seed)
 
     with locked(folder) if is_first_host() else contextlib.nullcontext(), _tidied(folder):
+        if is_first_host():
+            delete_leftovers(folder)
         # 1. preprocess
         train_documents, valid_documents = split(documents, valid_fraction)
         num_chars = sum(map(len, documents))

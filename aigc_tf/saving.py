@@ -11,16 +11,19 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
-from .files import rename, sync, write_json
+from .files import delete_unfinished, rename, sync, write_json
 from .tokenizer import Tokenizer, check_vocabulary
 from .weights import LstmWeights, TransformerWeights, check_file, read_file
 
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
 _SAVING = ".saving"  # in a run folder, a folder of files that are whole, and on their way to their places
 _FORMAT = {"format": "aigc_tf run", "version": 1}
+_being_written: set[Path] = set()  # the folders of files that threads of this process are writing
+_LOOKS = 9  # at a run that is replaced meanwhile
 
 
 def save(path, model, tokenizer: Tokenizer, **record) -> None:
@@ -51,6 +54,7 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{_SAVING}-", dir=path))
+    _being_written.add(folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword")
@@ -79,6 +83,18 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         _finish_saving(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        _being_written.discard(folder)
+
+
+def delete_leftovers(path) -> None:
+    """Delete what killed processes had begun to write to a run folder; for the one that has it locked.
+
+    What another thread of this process is saving there stays.
+    """
+    for folder in Path(path).glob(f"{_SAVING}-*"):
+        if folder not in _being_written:
+            shutil.rmtree(folder, ignore_errors=True)
+    delete_unfinished(path)
 
 
 def add_to_run(path, **record) -> None:
@@ -132,9 +148,12 @@ def load(path):
         FileNotFoundError: there is no such folder, or it is no run folder.
         ValueError: the files do not belong together, or are damaged.
     """
+    return _read_whole(path, _load)
+
+
+def _load(path: Path):
     from .devices import keras
 
-    path = _checked_folder(path)
     model = keras.models.load_model(_file(path, _MODEL), compile=False, safe_mode=True)  # no code runs from the file
     return model, Tokenizer.load(_file(path, _TOKENIZER))
 
@@ -155,14 +174,44 @@ def load_writer(path):
         FileNotFoundError: there is no such folder, or it is no run folder.
         ValueError: the files do not belong together, or are damaged.
     """
-    path = _checked_folder(path)
+    return _read_whole(path, _load_writer)
+
+
+def _load_writer(path: Path):
     weights = read_file(_file(path, _MODEL))
-    return (weights, Tokenizer.load(_file(path, _TOKENIZER))) if weights else load(path)
+    return (weights, Tokenizer.load(_file(path, _TOKENIZER))) if weights else _load(path)
 
 
-def _checked_folder(path) -> Path:
-    """Refuse a folder whose files are not those that its record tells of, or that reach beyond themselves."""
+def _read_whole(path, read: Callable[[Path], tuple]) -> tuple:
+    """Read a run folder that is whole, and again if a save has replaced the run meanwhile."""
     path = Path(path)
+    for look in range(_LOOKS):
+        before = _stamps(path)
+        is_last = look == _LOOKS - 1
+        try:
+            _check_folder(path)
+            found = read(path)
+        except (ValueError, OSError):
+            if is_last or _stamps(path) == before:
+                raise
+        else:
+            if is_last or _stamps(path) == before:
+                return found
+    raise AssertionError("the last look returns or raises")
+
+
+def _stamps(path: Path) -> list:
+    """Tell a run in a folder, and how far it is on its way to its place, from others."""
+    stamps = []
+    for file in (path / _SAVING, path / _SAVING / _RUN, path / _RUN):
+        with contextlib.suppress(OSError):
+            status = file.stat()
+            stamps.append((str(file), status.st_ino, status.st_mtime_ns))
+    return stamps
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder whose files are not those that its record tells of, or that reach beyond themselves."""
     expected = read_run(path)["sha256"]
     for name in (_MODEL, _TOKENIZER):
         if not _file(path, name).is_file():
@@ -170,7 +219,6 @@ def _checked_folder(path) -> Path:
         if _sha256(_file(path, name)) != expected[name]:
             raise ValueError(f"{path / name} is not the file that {_RUN} tells of: damaged, or of another run.")
     check_file(_file(path, _MODEL))
-    return path
 
 
 def read_run(path) -> dict:

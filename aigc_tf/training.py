@@ -65,7 +65,8 @@ def train(
         learning_rate: the highest learning rate.
         weight_decay: the share of each weight that goes per step, times the learning rate.
         clip_norm: the largest global norm of the gradients, or None.
-        validations: how often to evaluate on the held-out documents, the end included.
+        validations: how often at most to evaluate on the held-out documents: every ceil(steps / validations) steps,
+            and at the end.
         num_microbatches: in how many parts to compute a batch, one after the other: the same training in less
             memory, as their gradients are added up.
         num_candidates: over how many tokens the softmax runs in the first nine tenths of the steps: those that a batch
@@ -87,8 +88,8 @@ def train(
 
     Raises:
         ValueError: a setting is out of range, model and tokenizer do not belong together, the devices cannot share
-            such a batch (see `use_devices`), the loss is no longer a number, or the checkpoints in `run_dir` are of
-            another training.
+            such a batch (see `use_devices`), the data ends before the steps do, the loss is no longer a number, or the
+            checkpoints in `run_dir` are of another training.
         BlockingIOError: another training is going on in `run_dir`.
         OSError: `run_dir` cannot be written to. The checkpoints that are there stay.
     """
@@ -102,14 +103,18 @@ def train(
             raise ValueError(f"{name} must be above 0, or None, got {value}.")
     check_optimization(learning_rate, weight_decay, clip_norm)
     check_documents(valid_documents)
-    if not valid_documents:
-        raise ValueError("Training needs at least one held-out document to choose the best weights by, got none.")
-    batch_size, context = train_data.element_spec[0].shape
+    if not any(valid_documents):
+        raise ValueError(
+            "Training needs at least one held-out document that is not empty to choose the best weights by, got none."
+        )
+    batch_size, context = _shape_of_a_batch(train_data)
     _check_batch(batch_size, num_microbatches)
     tokens_per_batch = batch_size * context // num_microbatches
     num_candidates = _num_candidates(num_candidates, model, train_data, tokens_per_batch, tokenizer.vocab_size)
     settings = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "clip_norm": clip_norm}
     settings["num_microbatches"] = num_microbatches
+    if 0 <= (num_batches := int(train_data.cardinality())) < steps:  # below 0 it is endless, or not known
+        raise _ended(num_batches, steps)
     steps_per_validation = math.ceil(steps / validations)
     schedule = compile_model(model, **settings)
     display = Display() if progress and is_first_host() else NoDisplay()
@@ -208,7 +213,23 @@ def _run_phase(
                 shuffle=False,  # the data has its order; Keras would warn that it does not shuffle it
                 verbose=0,
             )
+            if course.step < first + steps and not course.received:
+                raise _ended(course.step, course.steps)
             course.keep_metrics()
+
+
+def _shape_of_a_batch(train_data) -> tuple[int, int]:
+    shape = train_data.element_spec[0].shape
+    if shape.rank != 2 or None in shape:
+        raise ValueError(
+            f"train_data must have batches of one shape (B, T), got {shape}. Make them with make_dataset, or with "
+            ".batch(B, drop_remainder=True)."
+        )
+    return tuple(shape)
+
+
+def _ended(num_batches: int, steps: int) -> ValueError:
+    return ValueError(f"train_data ended after {num_batches} of {steps} batches; make_dataset(..., seed=0) is endless.")
 
 
 def usual_candidates(model: keras.Model, tokens_per_batch: int, vocab_size: int) -> int:

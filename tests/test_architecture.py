@@ -1,11 +1,13 @@
 """The rooms and the one direction of their imports, written down."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import aigc_tf
+from aigc_tf import devices
 
 PACKAGE = Path(aigc_tf.__file__).parent
 
@@ -161,3 +163,13 @@ def test_only_log_lines_are_hidden_while_tensorflow_is_loaded():
         "    os.write(2, b'a line of another thread\\n')"
     )
     assert run_python(code).stderr == "a line of another thread\n"
+
+
+def test_without_a_place_for_a_temporary_file_nothing_is_hidden(monkeypatch, capfd):
+    def fail():
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", fail)
+    with devices.hidden_native_logs():
+        os.write(2, b"a line\n")
+    assert capfd.readouterr().err == "a line\n"

@@ -245,6 +245,16 @@ def test_a_damaged_checkpoint_is_skipped_and_said(build, documents, tokenizer, t
     require_equal(state_of(*again, tmp_path), expected)
 
 
+def test_a_log_that_cannot_be_written_says_so(build, documents, tokenizer, tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(28, "No space left on device", ".1-log.csv")
+
+    monkeypatch.setattr("aigc_tf.course.write_beside", fail)
+    with pytest.raises(OSError, match="the log of step 0 cannot be written. There is none before it. Make room") as e:
+        run(build, documents, tokenizer, tmp_path)
+    assert e.value.filename == str(tmp_path / "log.csv")
+
+
 @limits_files
 def test_a_full_disk_stops_with_what_is_kept(build, documents, tokenizer, tmp_path):
     run(build, documents, tokenizer, tmp_path)
@@ -258,7 +268,7 @@ def test_a_full_disk_stops_with_what_is_kept(build, documents, tokenizer, tmp_pa
             run(build, documents, tokenizer, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert f"the checkpoint of step 12 cannot be written. The last good one is {kept[0]}." in str(caught.value)
+    assert f"the checkpoint of step 12 cannot be written. The last good checkpoint is {kept[0]}." in str(caught.value)
     assert list_checkpoints(tmp_path / "checkpoints") == kept
     assert run(build, documents, tokenizer, tmp_path)[1]["step"] == [4, 8, 12]
 

@@ -102,6 +102,17 @@ def test_order_is_a_function_of_the_seed(documents, tokenizer):
     assert first(1) != first(2)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, float("nan")])
+def test_seeds_that_cannot_be_are_refused(documents, tokenizer, seed):
+    with pytest.raises(ValueError, match=r"seed must be a whole number from 0 to 2\*\*63 - 1, got"):
+        make_dataset(documents, tokenizer, 8, 4, seed=seed)
+
+
+def test_a_seed_is_a_number_of_python_s_own(documents, tokenizer):
+    data = make_dataset(documents, tokenizer, 8, 4, seed=np.int64(3))
+    assert json.loads(json.dumps(data.identity()))["order's seed"] == 3
+
+
 @pytest.mark.parametrize("start_step", [1, 7, 100])
 def test_starting_at_a_step_is_skipping_to_it(documents, tokenizer, start_step):
     whole = batches(make_dataset(documents, tokenizer, 20, 4, seed=3), start_step + 5)
@@ -211,6 +222,9 @@ def test_stores_refuse_what_does_not_fit(tmp_path, documents, tokenizer):
     with pytest.raises(ValueError, match="does not have the"):
         open_store(path, tokenizer)
     manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+    (path / "manifest.json").write_text(json.dumps({**manifest, "dtype": "nonsense"}), "utf-8")
+    with pytest.raises(ValueError, match="must be of uint16, but says nonsense"):
+        open_store(path, tokenizer)
     (path / "manifest.json").write_text(json.dumps({**manifest, "version": 99}), "utf-8")
     with pytest.raises(ValueError, match="cannot be read by this version"):
         open_store(path, tokenizer)

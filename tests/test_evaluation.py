@@ -154,13 +154,17 @@ def test_one_evaluation_after_the_other_logs_no_warning(build, documents, tokeni
 
 def test_what_cannot_be_measured_is_said(tokenizer):
     model = uniform_model(tokenizer.vocab_size, 4)
-    with pytest.raises(ValueError, match="at least one document, got none"):
+    with pytest.raises(ValueError, match="at least one document that is not empty, got none"):
         evaluate(model, tokenizer, [])
+    with pytest.raises(ValueError, match="at least one document that is not empty, got none"):
+        evaluate(model, tokenizer, [""])
     with pytest.raises(ValueError, match="at least one document"):
         baselines(tokenizer, ["春"], [])
+    with pytest.raises(ValueError, match="not empty to predict"):
+        baselines(tokenizer, ["春"], [""])
     with pytest.raises(ValueError, match="got 0 and 1"):
         baselines(tokenizer, [], ["春"])
-    with pytest.raises(ValueError, match="at least one document, got none"):
+    with pytest.raises(ValueError, match="at least one document that is not empty, got none"):
         evaluate(kneser_ney(["春"], tokenizer), tokenizer, [])
     with pytest.raises(ValueError, match="same vocabulary size, got 5 and"):
         evaluate(uniform_model(5, 4), tokenizer, ["春"])

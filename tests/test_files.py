@@ -144,6 +144,24 @@ def test_the_lock_of_a_killed_process_is_free_again(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are opened on POSIX only")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_does_not_have_the_lock(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from aigc_tf.files import locked\n"
+        "with locked(sys.argv[1]):\n"
+        "    if os.fork() == 0:\n"
+        "        try:\n"
+        "            with locked(sys.argv[1]): pass\n"
+        "        except BlockingIOError: print('locked')\n"
+        "        sys.exit()\n"  # leaves the block of its parent
+        "    os.wait()\n"
+        "    print(os.path.exists(sys.argv[1] + '/.lock'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["locked", "True"]
+
+
 def test_the_folder_is_on_the_disk_too(tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from aigc_tf import demo, generate, load_stopwords, load_writer, read_run
-from aigc_tf.__main__ import _documents, main
+from aigc_tf.__main__ import _documents, _stem, main
 from aigc_tf.course import Course
 from aigc_tf.demo import is_quatrain, run_demo
 from aigc_tf.files import locked
@@ -540,6 +540,26 @@ def test_the_demo_tells_its_figures_and_keeps_its_runs(tmp_path):
         assert figures[name]["bits_per_char"] < figures["baselines"]["uniform"]
     assert f"{figures['baselines']['frequency']:.2f}" in text
     assert str(tmp_path) in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps-fraction", "inf"], "steps_fraction must be finite and above 0, got inf"),
+        (["--seed", str(2**63)], "seed must be a whole number from 0 to 2**63 - 1"),
+    ],
+)
+def test_a_demo_of_settings_that_cannot_be_is_refused(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in only_error(capsys, ["demo", *arguments])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_gives_its_runs_its_name_by_whatever_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (".", "./", str(tmp_path), f"../{tmp_path.name}"):
+        assert _stem(make_parser().parse_args(["train", path])) == tmp_path.stem
+    assert _stem(make_parser().parse_args(["train", "corpus:tang"])) == "tang"
 
 
 def test_a_demo_that_is_stopped_goes_on_in_the_same_folder(tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ from aigc_tf import (
     train,
 )
 from aigc_tf.devices import keras
-from aigc_tf.saving import add_to_run
+from aigc_tf.saving import add_to_run, delete_leftovers
 from aigc_tf.weights import LstmWeights, TransformerWeights
 
 
@@ -149,6 +149,29 @@ def test_killed_at_any_moment_a_save_leaves_one_run_or_the_other(build, trained,
         outcomes.append(run)
     assert outcomes == sorted(outcomes)
     assert set(outcomes) == {1, 2}
+
+
+def test_a_run_that_is_replaced_while_it_is_read_is_read_again(build, trained, tokenizer, tmp_path, monkeypatch):
+    save(tmp_path, build(tokenizer.vocab_size, 8), tokenizer)
+    check = aigc_tf.saving._sha256
+
+    def slow(file):
+        monkeypatch.setattr("aigc_tf.saving._sha256", check)
+        save(tmp_path, trained, tokenizer)  # by another process
+        return "of the run before"
+
+    monkeypatch.setattr("aigc_tf.saving._sha256", slow)
+    model, _ = load(tmp_path)
+    for one, other in zip(model.get_weights(), trained.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_another_thread_is_saving_is_no_leftover(trained, tokenizer, tmp_path, monkeypatch):
+    write = aigc_tf.saving.sync
+    monkeypatch.setattr("aigc_tf.saving.sync", lambda file: (delete_leftovers(tmp_path), write(file)))
+    save(tmp_path, trained, tokenizer)
+    assert not list(tmp_path.glob(".saving*"))
+    load(tmp_path)
 
 
 def test_two_threads_save_to_one_folder(trained, tokenizer, tmp_path):

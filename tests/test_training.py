@@ -213,6 +213,22 @@ def test_a_held_out_figure_that_is_no_number_stops_with_the_step(build, document
         run(build, documents, tokenizer)
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras' own word
+def test_data_that_ends_before_the_steps_is_said(build, documents, tokenizer):
+    data = make_dataset(documents, tokenizer, T, 4)
+    model, steps = build(tokenizer.vocab_size, T, num_layers=1), len(data) + 1
+    settings = {"steps": steps, "validations": 1, "num_candidates": 0, "progress": False}
+    for train_data in (data, data.filter(lambda *_: True)):  # of a known number of batches, and of one that is not
+        with pytest.raises(ValueError, match=rf"ended after {steps - 1} of {steps} batches; .*seed=0\) is endless"):
+            train(model, train_data, tokenizer, documents[:2], **settings)
+
+
+def test_batches_of_no_fixed_size_are_refused(build, documents, tokenizer):
+    data = make_dataset(documents, tokenizer, T, 4, seed=0).unbatch().batch(4)
+    with pytest.raises(ValueError, match=r"batches of one shape \(B, T\), got \(None, 20\).*drop_remainder=True"):
+        train(build(tokenizer.vocab_size, T), data, tokenizer, documents[:2], steps=1)
+
+
 WRONG_SETTINGS = {
     "learning_rate": [0.0, -1.0, math.nan, math.inf],
     "weight_decay": [-1.0, math.nan, math.inf],
@@ -230,6 +246,8 @@ def test_wrong_settings_are_said(build, documents, tokenizer):
     data = make_dataset(documents, tokenizer, T, 4, seed=0)
     with pytest.raises(ValueError, match="at least one held-out document"):
         train(build(tokenizer.vocab_size, T), data, tokenizer, [], steps=1)
+    with pytest.raises(ValueError, match="at least one held-out document that is not empty"):
+        train(build(tokenizer.vocab_size, T), data, tokenizer, [""], steps=1)
 
 
 def test_data_that_lost_what_make_dataset_knows_is_said(build, documents, tokenizer, capsys):
