@@ -6,7 +6,9 @@ Keras. The names of the layers are part of the contract, for whoever looks for w
 `block_{i}_mlp_expand`, `block_{i}_mlp_project`, `final_norm`; `lstm_{i}`, `head`; and last `logits`.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -75,7 +77,7 @@ def transformer(
     _check_dropout(dropout)
     # Drawn anew below; without a seed Keras would take one from Python's own generator, which is the user's.
     init = keras.initializers.RandomNormal(stddev=_GPT2_STDDEV, seed=seed)
-    seeds = iter(range(seed * 10_000, seed * 10_000 + 10_000))
+    seeds = _seeds(seed)
 
     def drop(x):
         return layers.Dropout(dropout, seed=next(seeds))(x) if dropout else x
@@ -158,7 +160,7 @@ def lstm(
     num_layers, hidden_dim, embedding_dim = (chosen[k] for k in ("num_layers", "hidden_dim", "embedding_dim"))
     at_least_1(vocab_size=vocab_size, context=context)
     _check_dropout(dropout)
-    seeds = iter(range(seed * 10_000, seed * 10_000 + 10_000))
+    seeds = _seeds(seed)
 
     def drop(x):
         return layers.Dropout(dropout, seed=next(seeds))(x) if dropout else x
@@ -253,6 +255,11 @@ def _norm(name: str) -> layers.Layer:
 def _logits(x):
     """Cast to float32, in which a softmax over a vocabulary stays exact."""
     return layers.Identity(dtype="float32", name="logits")(x)
+
+
+def _seeds(seed: int) -> Iterator[int]:
+    """Yield seeds for the parts of a model, others than those of the next seed; Keras takes no larger ones."""
+    return itertools.count(seed * 10_000 % 2**62)
 
 
 def _initialise_transformer(model: keras.Model, num_layers: int, seed: int) -> None:

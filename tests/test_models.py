@@ -127,6 +127,7 @@ def test_a_seed_decides_the_weights(build):
 
     np.testing.assert_array_equal(weights(1), weights(1))
     assert (weights(1) != weights(2)).any()
+    assert (weights(2**63 - 1) != weights(2**63 - 2)).any()  # the largest
 
 
 def test_building_leaves_python_s_own_generator_alone(build):
