@@ -16,7 +16,8 @@ def is_masked(tensor) -> bool:
 
 def has_masks(model) -> bool:
     """Tell whether a layer in the graph of a model passes on a mask."""
-    nodes = (node for at_depth in model._nodes_by_depth.values() for node in at_depth)
+    graph = getattr(model, "_functional", None) or model  # of a Sequential
+    nodes = (node for at_depth in graph._nodes_by_depth.values() for node in at_depth)
     return any(is_masked(tensor) for node in nodes for tensor in node.outputs)
 
 

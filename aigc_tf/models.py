@@ -76,7 +76,7 @@ def transformer(
     at_least_1(vocab_size=vocab_size, context=context, intermediate_dim=intermediate_dim)
     _check_dropout(dropout)
     # Drawn anew below; without a seed Keras would take one from Python's own generator, which is the user's.
-    init = keras.initializers.RandomNormal(stddev=_GPT2_STDDEV, seed=seed)
+    init = keras.initializers.RandomNormal(stddev=_GPT2_STDDEV, seed=seed % 2**32)
     seeds = _seeds(seed)
 
     def drop(x):
@@ -178,7 +178,7 @@ def lstm(
             return_sequences=True,
             kernel_initializer=glorot(),
             recurrent_initializer=keras.initializers.Orthogonal(seed=next(seeds)),
-            seed=seed,  # of its own dropout, which is not used; without it Keras draws one from Python's generator
+            seed=seed % 2**32,  # of its own dropout, not used; without it Keras draws one from Python's generator
             name=f"lstm_{i}",
         )(drop(x))
     x = drop(x)
@@ -258,8 +258,8 @@ def _logits(x):
 
 
 def _seeds(seed: int) -> Iterator[int]:
-    """Yield seeds for the parts of a model, others than those of the next seed; Keras takes no larger ones."""
-    return itertools.count(seed * 10_000 % 2**62)
+    """Yield seeds for the parts of a model, others than those of the next seed; on JAX Keras takes no larger ones."""
+    return ((seed * 10_000 + part) % 2**32 for part in itertools.count())
 
 
 def _initialise_transformer(model: keras.Model, num_layers: int, seed: int) -> None:

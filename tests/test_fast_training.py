@@ -147,6 +147,9 @@ def test_what_is_masked_counts_for_nothing():
     expected = masked().train_on_batch(inputs, targets)
     model = masked()
     assert passes_problem(model) == "a layer passes on a mask"
+    in_a_row = keras.Sequential(masked().layers)
+    compile_model(in_a_row, 10)
+    assert passes_problem(in_a_row) == "a layer passes on a mask"
     with fast_training(model, 100) as (to_train, methods):
         assert PASSES not in methods
         assert to_train.train_on_batch(inputs, targets) == pytest.approx(expected, rel=1e-6)
