@@ -410,7 +410,7 @@ def test_a_tokenizer_of_other_things_than_text_is_refused(trained, tokenizer, tm
 
 def test_versions_are_told_without_loading_keras(tmp_path):
     (tmp_path / "keras.json").write_text('{"backend": "jax"}')
-    code = "import sys; from aigc_tf.__main__ import main; main(['info']); assert 'keras' not in sys.modules"
+    code = "import sys; from aigc_tf.__main__ import main; main(['info', '--json']); assert 'keras' not in sys.modules"
     for variables, expected in (({}, "jax"), ({"KERAS_BACKEND": "tensorflow"}, "tensorflow")):
         environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
         environment |= {"KERAS_HOME": str(tmp_path), **variables}
