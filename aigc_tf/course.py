@@ -129,7 +129,7 @@ class Course(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if self.arrays:
             variables = self._variables()
-            for kind in variables.keys() & self.arrays.keys():
+            for kind in (kind for kind in variables if kind in self.arrays):  # several hosts do it in the same order
                 for variable, value in zip(variables[kind], self.arrays[kind], strict=True):
                     variable.assign(value)
             self.arrays = None

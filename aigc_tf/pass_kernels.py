@@ -43,7 +43,7 @@ def _rounded_in_numba(array, x):
     return to_bfloat16 if array.dtype == numba.uint16 else lambda array, x: x
 
 
-@register_jitable
+@register_jitable(inline="always")
 def _largest(x, n, work):
     """Find the largest of the first n of x, half against half: a loop that numba can run in vectors."""
     half = (n + 1) // 2
@@ -81,7 +81,7 @@ def cross_entropy(first, last, logits, targets, share, nats, gradient):
         out[target] = _rounded(out, x[target] * scale - share)
 
 
-@register_jitable
+@register_jitable(inline="always")
 def _odds(v):
     """Compute exp(-2 z), where z is what the GELU takes the tanh of: (1 + tanh(z)) / 2 is 1 / (1 + exp(-2 z))."""
     return exp(_f32(-2) * _GELU_SCALE * v * (_f32(1) + _GELU_CUBIC * v * v))
@@ -109,7 +109,7 @@ def gelu_gradient(first, last, x, d_y, d_x):
             out[j] = _rounded(out, _load(given, j) * (share + v * share * (odds * share) * slope))
 
 
-@register_jitable
+@register_jitable(inline="always")
 def _centred(source, n, out):
     """Write a row less its mean, and return its variance."""
     total, squares = _f32(0), _f32(0)

@@ -144,7 +144,7 @@ def test_among_a_part_it_learns_nearly_as_well(documents, tokenizer):
         settings = {"steps": 60, "validations": 1, "learning_rate": 1e-2, "progress": False}
         history = train(model, data, tokenizer, documents[:9], num_candidates=number, **settings)
         bits.append(history["bits_per_char"][-1])
-    assert bits[1] == pytest.approx(bits[0], abs=0.1)
+    assert bits[1] < bits[0] + 0.1
 
 
 def test_by_default_it_takes_candidates_where_the_vocabulary_is_large(build, tokenizer, monkeypatch):

@@ -54,3 +54,21 @@ def test_where_nothing_can_be_kept_it_is_compiled_each_time(two, tmp_path):
         result, told = two(1, **nowhere)
         assert result == "2"
         assert "compiling for this machine" in told
+
+
+def test_what_was_just_compiled_computes_what_kept_code_computes(tmp_path):
+    """Or the process that compiles would train to other weights than one that resumes its training."""
+    code = (
+        "import numpy as np; from aigc_tf import passes\n"
+        "x, gamma = np.random.default_rng(0).standard_normal((2, 80, 64)).astype(np.float32)\n"
+        "y = passes.layer_norm(x, gamma[0], gamma[1], 1e-5, 1)\n"
+        "print(y.tobytes().hex(), *(a.tobytes().hex() for a in passes.layer_norm_gradient(x, gamma[0], y, 1e-5, 1)))"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    )
+    assert "compiling" in first.stderr
+    assert "compiling" not in second.stderr
+    assert first.stdout == second.stdout
