@@ -24,21 +24,26 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 done; said in one line, 2 a wrong option or input, 1 another failure; 130 stopped by Ctrl-C.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
     parser = make_parser()
     options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return 0
     try:
+        if options.command is None:
+            parser.print_help()
+            sys.stdout.flush()
+            return 0
         if getattr(options, "config", None):
             options = make_parser(_read_settings(Path(options.config))).parse_args(arguments)
         _COMMANDS[options.command](options)
+        sys.stdout.flush()  # here, where an error is told
         return 0
     except KeyboardInterrupt:
         print("aigc-tf: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_unwritable()
         return 0
     except Exception as error:
         if os.environ.get("AIGC_TF_TRACEBACK"):
@@ -46,7 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
         is_users = isinstance(error, ValueError | OSError)
         kind = "" if is_users else f"{type(error).__name__}: "
         print(f"aigc-tf: error: {kind}{_one_line(error)}", file=sys.stderr)
+        _drop_unwritable()
         return 2 if is_users else 1
+
+
+def _drop_unwritable() -> None:
+    """Write what is left for standard output, or drop it where that fails, which Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: Exception) -> str:

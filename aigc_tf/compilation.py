@@ -43,13 +43,18 @@ class _OnDisk(FunctionCache):
         self._cache_file._source_stamp = self._cache_file._source_stamp, _hash_of_kernels()
 
     def load_overload(self, signature, context):
-        found = super().load_overload(signature, context)
+        try:
+            found = super().load_overload(signature, context)
+        except Exception:  # a damaged file, of which any error may come: there is no code
+            found = None
+            with contextlib.suppress(Exception):
+                self.flush()  # what is saved now stands in a new index
         if found is None:
             _say_once()
         return found
 
     def save_overload(self, signature, data):
-        with contextlib.suppress(OSError):  # a full disk: it is compiled again another time
+        with contextlib.suppress(Exception):  # such as a full disk: it is compiled again another time
             super().save_overload(signature, data)
 
 

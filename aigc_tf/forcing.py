@@ -163,7 +163,7 @@ class Forcing:
 
     def _append(self, one: _Candidate, token: int, log_probability: float, allowed: np.ndarray) -> None:
         """Add a token to a draft, and note the words that come with it."""
-        if not one.draft and self._banned:
+        if not one.draft:
             one.first_logits = allowed
         one.draft.append(token)
         one.log_probabilities.append(log_probability)
@@ -265,11 +265,15 @@ class Forcing:
         return can_follow(text[-tail:], tuple(words))
 
     def _bridged(self, one: _Candidate) -> _Place:
-        """Return a word after a token that parts it from the text, where it would complete a banned one without.
+        """Return a word that was read at no place, as the model gives it no probability, or it completes a banned one.
 
-        If there is no room for such a token, or none there is, the first word comes all the same.
+        The latter comes after a token that parts it from the text. If there is no room for such a token, or none there
+        is, the first word comes all the same.
         """
         text = one.prompt + one.written
+        for word, ids in one.missing.items():
+            if self._fits(text, word):
+                return _Place(0, ids, 0, 0.0)
         for token in np.argsort(-one.first_logits, kind="stable").tolist() if one.spare > 0 else ():
             data = self._bytes[token]
             if one.first_logits[token] == -np.inf:

@@ -26,6 +26,17 @@ def is_keras_own(thing) -> bool:
     return type(thing).__module__.split(".")[0] == "keras"
 
 
+def is_its_graph(model) -> bool:
+    """Tell whether a functional model computes what its graph says, and not what a user's class makes of it."""
+    own = (getattr(getattr(model, name), "__module__", "") for name in ("__call__", "call"))
+    return all(module.split(".")[0] == "keras" for module in own)
+
+
+def gives_by_name(model) -> bool:
+    """Tell whether a functional model gives a dict, which its `output_shape` does not tell of a single output."""
+    return isinstance(getattr(model, "_outputs_struct", None), dict)
+
+
 def attention_dropout(attention):
     """Return the layer by which an attention layer drops some of its probabilities, which has the state of chance."""
     return attention._dropout_layer

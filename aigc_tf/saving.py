@@ -16,6 +16,7 @@ from pathlib import Path
 
 from . import __version__
 from .files import delete_unfinished, rename, sync, write_json
+from .keras_internals import is_its_graph
 from .tokenizer import Tokenizer, check_vocabulary
 from .weights import LstmWeights, TransformerWeights, check_file, read_file
 
@@ -41,7 +42,8 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
             JSON can hold.
 
     Raises:
-        ValueError: model and tokenizer do not belong together, or it is what `load_writer` gives.
+        ValueError: model and tokenizer do not belong together, or it is what `load_writer` gives, or of
+            a class that overrides `call`.
     """
     from .devices import keras
     from .distribution import is_first_host
@@ -49,6 +51,11 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
     if isinstance(model, TransformerWeights | LstmWeights):
         raise ValueError("save needs the model itself, got what load_writer gives. Load it with load.")
     check_vocabulary(model, tokenizer)
+    if not is_its_graph(model):
+        raise ValueError(
+            f"save writes the graph of a model, and {type(model).__name__} overrides its call, which would be lost. "
+            "Make what it does a layer of the graph: keras.Model(ids, layer(ids))."
+        )
     if not is_first_host():
         return
     path = Path(path)

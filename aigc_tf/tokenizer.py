@@ -14,6 +14,7 @@ import numpy as np
 from .chunks import map_chunks
 from .cores import usable_cores
 from .files import write_json
+from .keras_internals import gives_by_name
 from .segmentation import as_user_dict, is_rust, segmenter
 from .text import check_documents
 
@@ -310,6 +311,14 @@ def check_vocabulary(model, tokenizer: Tokenizer) -> None:
             f"A language model is a functional or sequential keras.Model, got a {type(model).__name__}, whose shapes "
             "are not known before it is called. Wrap it: ids = keras.Input((context,), dtype='int32'); "
             "keras.Model(ids, model(ids))."
+        )
+    shapes = model.input_shape, model.output_shape
+    is_one = [isinstance(shape, tuple) and len(shape) for shape in shapes] == [2, 3] and not gives_by_name(model)
+    if not is_one or (shapes[0][1] is None and hasattr(model, "get_layer")):
+        raise ValueError(
+            "A language model has one input, ids (batch, T) with T fixed, and one output, logits (batch, T, V), got "
+            f"{shapes[0]} and {'a dict' if gives_by_name(model) else shapes[1]}. Wrap it: "
+            "ids = keras.Input((context,), dtype='int32'); keras.Model(ids, logits), with logits made of ids."
         )
     if model.output_shape[-1] != tokenizer.vocab_size:
         raise ValueError(

@@ -22,8 +22,8 @@ ALLOWED = {
     "segmentation": {"files", "text"},
     "cores": set(),
     "chunks": set(),
-    "tokenizer": {"chunks", "cores", "files", "segmentation", "text"},
     "keras_internals": set(),
+    "tokenizer": {"chunks", "cores", "files", "keras_internals", "segmentation", "text"},
     "devices": {"keras_internals"},
     "distribution": {"devices", "keras_internals"},
     "dataset": {"devices", "files", "tokenizer"},
@@ -39,7 +39,7 @@ ALLOWED = {
     "choice": {"compilation", "matrices", "numba_tools"},
     "kernels": {"choice", "compilation", "cores", "matrices", "numba_tools", "weights"},
     "variables": {"devices"},
-    "decoding": {"distribution", "kernels", "ngram", "variables", "weights"},
+    "decoding": {"distribution", "kernels", "keras_internals", "ngram", "variables", "weights"},
     "evaluation": {
         "dataset", "decoding", "devices", "distribution", "ngram", "sampling", "text", "tokenizer", "weights",
     },
@@ -67,7 +67,7 @@ ALLOWED = {
         "beams", "decoding", "forcing", "hardware", "loop", "sampler", "sampling", "texts", "weights",
     },
     "generation": {"engines", "sampler", "tokenizer", "writer"},
-    "saving": {"devices", "distribution", "files", "tokenizer", "weights"},
+    "saving": {"devices", "distribution", "files", "keras_internals", "tokenizer", "weights"},
     "estimation": {
         "devices", "distribution", "evaluation", "fast_training", "hardware", "models", "sizes", "training",
     },

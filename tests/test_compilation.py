@@ -72,3 +72,17 @@ def test_what_was_just_compiled_computes_what_kept_code_computes(tmp_path):
     assert "compiling" in first.stderr
     assert "compiling" not in second.stderr
     assert first.stdout == second.stdout
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("content", [b"", b"\x93garbled"], ids=["truncated", "garbled"])
+def test_damaged_code_on_disk_is_compiled_anew_and_kept(two, tmp_path, kind, content):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    two(1, **cache)
+    for file in (tmp_path / "cache").rglob(f"*.{kind}"):
+        file.write_bytes(content)
+    result, told = two(1, **cache)
+    assert result == "2"
+    assert told.count("\n") == 1
+    assert "compiling for this machine" in told
+    assert two(1, **cache) == ("2", "")

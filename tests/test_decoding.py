@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import spread
 
-from aigc_tf import decoding, generate, generate_batch, load, save
+from aigc_tf import decoding, generate, generate_batch, load, lstm, save
 from aigc_tf.devices import keras
 from aigc_tf.weights import read_weights
 
@@ -249,3 +249,29 @@ def test_logits_of_16_bits_are_chosen_from(tokenizer, policy):
     assert generate(model, tokenizer, "白", max_new_tokens=3, seed=0).startswith("白")
     logits = decoding.decoder(model, 1, "model").read(*np.zeros((3, 1), np.int64))
     assert logits.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["call", "__call__"])
+def test_a_class_that_overrides_its_call_is_read_through_itself(tokenizer, tmp_path, name):
+    ours = spread(lstm(tokenizer.vocab_size, context=T, num_layers=1, hidden_dim=8))
+
+    def shifted(self, *args, **kwargs):
+        return getattr(super(kind, self), name)(*args, **kwargs) + keras.ops.one_hot([300], tokenizer.vocab_size) * 1e-3
+
+    kind = type("Shifted", (keras.Model,), {name: shifted})
+    model = kind(ours.input, ours.output)
+    assert decoding.model_weights(ours) is not None
+    assert decoding.model_weights(model) is None
+    with pytest.raises(ValueError, match="Shifted overrides its call, which would be lost. Make what it does a layer"):
+        save(tmp_path, model, tokenizer)
+    plain = type("Plain", (keras.Model,), {"train_step": lambda self, data: {}})(ours.input, ours.output)
+    assert decoding.model_weights(plain) is not None
+
+
+def test_a_model_that_changes_one_logit_is_read_through_itself(build):
+    model = build(V, T)
+    weights = decoding.model_weights(model)
+    assert decoding._agree(model, weights)
+    logits = model.output
+    other = keras.Model(model.input, logits + keras.ops.one_hot([[7]], V) * -2 * keras.ops.max(keras.ops.abs(logits)))
+    assert not decoding._agree(other, weights)

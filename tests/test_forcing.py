@@ -266,3 +266,10 @@ def test_a_text_with_forced_words_keeps_its_form(words):
     assert all(re.fullmatch("[白日依山]{3}(，[白日依山]{3}){3}", text) for text in texts), texts
     assert all(word in text for word in words for text in texts)
     assert len(set(texts)) == 10
+
+
+def test_a_word_that_the_model_gives_no_probability_comes_without_a_word_before_it():
+    (word,) = TOKENIZER.encode("山")
+    for banned in ((), ("龘",)):
+        ids = write(["山"], 3, wanted=[word], strength=-np.inf, banned=banned)
+        assert ids.index(word) == 0
