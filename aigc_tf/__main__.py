@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .files import not_utf8, read_text
 from .parser import make_parser
 
 _CORPUS = "corpus:"
@@ -126,13 +127,14 @@ def _documents(options) -> list[str]:
 
     from .corpora import load_corpus
     from .documents import load_documents
+    from .live import printable
 
     files = [path for path in options.paths if not path.startswith(_CORPUS)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         documents = load_documents(files, options.field) if files else []
     for warning in caught:
-        print(f"aigc-tf: {warning.message}", file=sys.stderr)
+        print(f"aigc-tf: {printable(str(warning.message), sys.stderr)}", file=sys.stderr)
     for path in options.paths:
         if path.startswith(_CORPUS):
             documents += load_corpus(path.removeprefix(_CORPUS))
@@ -219,7 +221,7 @@ _PUNCTUATION = "，。、；：？！“”‘’（）《》…—\n"
 
 def _generate(options) -> None:
     from .generation import check_generation, generate_batch, stream
-    from .live import printable
+    from .live import as_json, printable
     from .sampler import Settings
 
     names = {"max_new_tokens", "stop", "best_of", "num_beams", "length_penalty", *Settings._fields}
@@ -251,7 +253,7 @@ def _generate(options) -> None:
         if options.json:
             told = {"prompt": prompts[i], "text": text, "seed": seed + i}
             told |= {name: getattr(text, name) for name in ("new", "finish_reason", "log_probability")}
-            print(json.dumps(told, ensure_ascii=False))
+            print(as_json(told))
             continue
         if i:
             print()
@@ -268,12 +270,22 @@ def _prompts(options) -> list[str]:
         prompts = [options.prompt]
     elif options.prompt:
         raise ValueError("Give a PROMPT or --prompt-file, not both.")
-    elif options.prompt_file == "-":
-        prompts = sys.stdin.read().splitlines()
     else:
-        prompts = Path(options.prompt_file).read_text("utf-8").splitlines()
+        # Not splitlines, for which form feeds and others end a line too.
+        text = _read_prompts(options.prompt_file).replace("\r\n", "\n")
+        prompts = text.removesuffix("\n").split("\n") if text else []
     # A line end at the end of a prompt has a meaning: the next line begins.
     return prompts if options.raw else [clean(prompt) + "\n" * prompt.endswith("\n") for prompt in prompts]
+
+
+def _read_prompts(file: str) -> str:
+    if file != "-":
+        return read_text(file)
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8("standard input", data, data[error.start], error.start) from None
 
 
 def _name_unseen(tokenizer, prompts: list[str]) -> None:
@@ -284,16 +296,18 @@ def _name_unseen(tokenizer, prompts: list[str]) -> None:
 
 
 def _info(options) -> None:
+    from .live import as_json, printable
     from .saving import read_run, versions
 
     told = read_run(options.folder) if options.folder else versions()
     if options.json:
-        print(json.dumps(told, ensure_ascii=False, indent=1))
+        print(as_json(told, indent=1))
         return
     for name, value in told.items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
         for key, one in inner:
-            print(f"{f'{name} {key}'.strip().replace('_', ' '):34} {one}")
+            line = f"{f'{name} {key}'.strip().replace('_', ' '):34} {one}"
+            print(printable(line.encode("utf-8", "backslashreplace").decode()))
 
 
 def _in_a_folder(run: Callable[[Path], None], name: str | None, default: str, is_unfinished) -> Path:

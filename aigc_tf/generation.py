@@ -219,6 +219,8 @@ def check_generation(
         words = f"a whole number of at least {least}"
         check_number(name, number, lambda x, least=least: x >= least and x == int(x), words)
     check_number("length_penalty", length_penalty, lambda x: True, "a finite number")
+    if length_penalty != 1 and num_beams == 1:
+        raise ValueError("length_penalty chooses among the texts of a search: give num_beams > 1 too.")
     if num_beams > 1 and best_of > 1:
         raise ValueError("num_beams > 1 does not support best_of > 1: a search draws no samples. Give one of them.")
     settings = check_settings(**sampling)

@@ -1,6 +1,7 @@
 """Live: show(), texts on the screen while they are written."""
 
 import html
+import json
 import re
 import sys
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 
 # What a terminal would obey, not show: control characters but new lines and tabs, and those that turn the direction.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_ESCAPED = re.compile(f"{_COMMANDS.pattern}|[\ud800-\udfff]")
 _SECONDS_BETWEEN = 0.05  # of two drawings in a notebook: more often is not seen, and slows the writing
 
 
@@ -40,6 +42,12 @@ def show(*streams: Iterator[str]) -> list[str]:
 def printable(text: str, file=None) -> str:
     """Return a text for a file, by default standard output: where that is a terminal, without commands to it."""
     return _COMMANDS.sub("\ufffd", text) if (file or sys.stdout).isatty() else text
+
+
+def as_json(content, **layout) -> str:
+    """Write content as JSON that a terminal only shows: what it would obey, and what UTF-8 lacks, is escaped."""
+    text = json.dumps(content, ensure_ascii=False, **layout)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def in_notebook() -> bool:

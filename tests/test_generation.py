@@ -408,6 +408,7 @@ def test_settings_that_mean_nothing_are_said(tokenizer, settings, message):
         ({"num_beams": 0}, "num_beams must be a whole number of at least 1, got 0."),
         ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan."),
         ({"length_penalty": -float("inf")}, "length_penalty must be a finite number, got -inf."),
+        ({"length_penalty": 2.0}, "length_penalty chooses among the texts of a search: give num_beams > 1 too."),
         (
             {"num_beams": 2, "best_of": 2},
             "num_beams > 1 does not support best_of > 1: a search draws no samples. Give one of them.",

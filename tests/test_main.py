@@ -308,10 +308,27 @@ def test_generate_tells_json_of_the_prompts_of_a_file(run_folder, tmp_path, caps
         assert (line["text"], line["new"], line["finish_reason"]) == (text, text.new, text.finish_reason)
         assert line["log_probability"] == pytest.approx(text.log_probability, abs=1e-3)
         assert "，" not in line["new"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("白日\n\n明月\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeff白日\r\n\r\n明月\r\n".encode())))
     assert main(["generate", str(run_folder), "--prompt-file", "-", *common]) == 0
     assert capsys.readouterr().out == out
     assert "not both" in only_error(capsys, ["generate", str(run_folder), "白", "--prompt-file", "-"])
+    (tmp_path / "prompts.txt").write_bytes("白日".encode("gb18030"))
+    error = only_error(capsys, ["generate", str(run_folder), "--prompt-file", str(tmp_path / "prompts.txt")])
+    assert "prompts.txt must be UTF-8 text, but byte" in error
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("白日".encode("gb18030"))))
+    assert "standard input must be" in only_error(capsys, ["generate", str(run_folder), "--prompt-file", "-"])
+
+
+def test_json_and_tables_hold_nothing_that_a_terminal_obeys(run_folder, tmp_path, capsys):
+    told = {"a\x1b[31m\x9b31m\u202e": "\ud800 春"}
+    (tmp_path / "run.json").write_text(json.dumps({**read_run(run_folder), "figures": told}))
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["figures"] == told
+    assert "春" in out
+    assert not set(out) & set("\x1b\x9b\u202e\ud800")
+    assert main(["info", str(tmp_path)]) == 0
+    assert "\\ud800 春" in capsys.readouterr().out
 
 
 def test_generate_shows_what_is_new_alone(run_folder, capsys):
