@@ -8,7 +8,7 @@ import pytest
 from conftest import message_of, spread, table_model
 
 import aigc_tf
-from aigc_tf import decoding, engines, generate, generate_batch, generation, kneser_ney, loop, numba_tools, stream
+from aigc_tf import decoding, engines, generate, generate_batch, kneser_ney, loop, numba_tools, stream, writer
 from aigc_tf.sampler import Sampler, check_settings
 from aigc_tf.sampling import log_softmax
 from aigc_tf.texts import Chance, Texts
@@ -212,7 +212,7 @@ def test_a_trained_model_predicts_as_well_beyond_its_context(build, trained, tok
         written = loop.steps(weights, sampler, prompts, Chance([0]), num_tokens, over, log_probabilities=nats)
     else:
         texts = Texts(decoding.decoder(trained, 1, engine), [[tokenizer.BOS]])
-        written = generation.write_on(texts, sampler, Chance([0]), num_tokens, over, nats)
+        written = writer.write_on(texts, sampler, Chance([0]), num_tokens, over, nats)
     ids = np.array([tokenizer.BOS, *np.concatenate(list(written))])
     assert len(ids) == num_tokens + 1
 

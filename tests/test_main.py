@@ -469,7 +469,7 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["generate", run, "--seed", "-1"], "seed"),
         (["generate", str(tmp_path), "--top-p", "0"], "top_p must be above 0"),  # before anything is loaded
         (["info", str(tmp_path)], "is no run folder"),
-        (["demo", "--out", str(tmp_path / "x"), "--steps-fraction", "0"], "steps_fraction must be above 0"),
+        (["demo", "--out", str(tmp_path / "x"), "--steps-fraction", "0"], "steps_fraction must be finite and above 0"),
     ]:
         if arguments[0] == "train" and "--out" not in arguments:
             arguments = [*arguments, "--out", str(tmp_path / "out")]

@@ -257,7 +257,7 @@ def test_what_cannot_be_is_said(parts, tokenizer):
         ValueError, evaluate, model, other, ["春"]
     )
     assert "same vocabulary size" in message_of(ValueError, generate, model, other)
-    assert "at least one document, got none" in message_of(ValueError, evaluate, model, tokenizer, [])
+    assert "at least one document that is not empty, got none" in message_of(ValueError, evaluate, model, tokenizer, [])
     for ids in ([BOS, tokenizer.vocab_size], [BOS, -1]):
         for function in (model.nats, model.probabilities):
             assert f"run from 0 to {tokenizer.vocab_size - 1}" in message_of(ValueError, function, ids)
