@@ -273,5 +273,6 @@ def test_a_model_that_changes_one_logit_is_read_through_itself(build):
     weights = decoding.model_weights(model)
     assert decoding._agree(model, weights)
     logits = model.output
-    other = keras.Model(model.input, logits + keras.ops.one_hot([[7]], V) * -2 * keras.ops.max(keras.ops.abs(logits)))
+    change = keras.ops.max(keras.ops.abs(logits)) * (-2 * keras.ops.one_hot([[7]], V))
+    other = keras.Model(model.input, logits + change)
     assert not decoding._agree(other, weights)
