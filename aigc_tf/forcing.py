@@ -16,13 +16,13 @@ import numpy as np
 from .decoding import Decoder
 from .sampler import Sampler
 from .sampling import log_softmax
-from .texts import Chance, Texts
+from .texts import Chance, Texts, log_probabilities
 from .tokenizer import Tokenizer, complete_characters
+from .word_order import WordOrder
 
 CANDIDATES = 4  # texts written, of which one is taken
 _HORIZON = 64  # tokens that a draft looks ahead, and so within which a word comes
 _TRIALS = 2  # words that are read at a time beside a draft, each begun at another place
-_MANY_WORDS = 12  # of which not every order is tried
 
 
 class _Place(NamedTuple):
@@ -41,15 +41,16 @@ class _Place(NamedTuple):
 class _Candidate:
     """A text on its way: what is kept of it, the words it lacks, and the newest draft of what follows."""
 
-    def __init__(self, begin: list[int], data: bytes, missing: dict[bytes, list[int]], row: int):
-        self.begin, self.prompt, self.missing, self.row = begin, data, missing, row
+    def __init__(self, begin: list[int], tails, missing: dict[bytes, list[int]], row: int):
+        self.begin, self.missing, self.row = begin, missing, row
         self.kept, self.written, self.log_probability, self.is_done = [], b"", 0.0, False
+        self.kept_tails = tails  # of the prompt and what is kept, for the order of the words
 
     def start(self, room: int) -> None:
         needed = sum(map(len, self.missing.values()))
         self.spare = room - len(self.kept) - needed
         self.limit = min(_HORIZON, self.spare)
-        self.draft, self.log_probabilities, self.data, self.half = [], [], b"", b""
+        self.draft, self.log_probabilities, self.data, self.half, self.tails = [], [], b"", b"", self.kept_tails
         self.places, self.best = [], -np.inf  # where words were read whole, and the highest score of these
         self.trials = {}  # row -> `_Place`, where words are being read
         self.is_drafting, self.has_ended, self.first_logits = True, False, None
@@ -66,7 +67,7 @@ class Forcing:
         sampler: the sampler.
         tokenizer: the tokenizer.
         max_new_tokens: how many tokens each text may have.
-        stop: the stop strings, as bytes: no word may complete one.
+        stop: the stop strings, as bytes: no word may complete one, nor a banned word.
 
     Attributes:
         rows_of_a_text: how many rows of a decoder the texts need, each.
@@ -79,7 +80,6 @@ class Forcing:
 
     def __init__(self, sampler: Sampler, tokenizer: Tokenizer, max_new_tokens: int, stop: list[bytes] = ()):
         self._sampler, self._room, self._stop = sampler, max_new_tokens, list(stop)
-        self._banned = [word.encode("utf-8", "surrogatepass") for word in sampler.settings.banned] + self._stop
         forced = sampler.settings.forced
         self._words = {
             word.encode("utf-8", "surrogatepass"): tokenizer.encode(word)
@@ -90,6 +90,30 @@ class Forcing:
         if needed > max_new_tokens:
             raise ValueError(f"The forced words need {needed} tokens, got max_new_tokens {max_new_tokens}. Allow more.")
         self._bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        banned = [word.encode("utf-8", "surrogatepass") for word in sampler.settings.banned]
+        shared = {*"".join(sampler.settings.banned), *b"".join(self._stop).decode("utf-8", "surrogatepass")}
+        can_part = any(not shared & set(self._characters(i)) for i in range(len(self._bytes)) if self._characters(i))
+        self._order = WordOrder(banned, self._stop, can_part)
+
+    def _characters(self, token: int) -> str:
+        """Return the characters of a token that may stand between words, nothing for others."""
+        characters, rest = complete_characters(self._bytes[token])
+        is_whole = characters.encode("utf-8", "surrogatepass") == self._bytes[token]
+        return characters if is_whole and not rest and self._sampler.bias[token] > -np.inf else ""
+
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse a prompt after which the words, and what keeps them from making a banned one, have no room."""
+        tails, needed = self._order.begin(prompt.encode("utf-8", "surrogatepass")), sum(map(len, self._words.values()))
+        more = self._order.partings(tails, tuple(self._words))
+        if needed + more > self._room:
+            where = f"After {prompt[-20:]!r} the" if prompt else "The"
+            what = "complete a banned word or a stop string where they meet"
+            if more == np.inf:
+                raise ValueError(f"{where} forced words {what}, and no token may part them. Ban less.")
+            raise ValueError(
+                f"{where} forced words {what}; with tokens that part them they need {needed + more}, "
+                f"got max_new_tokens {self._room}. Allow more."
+            )
 
     def begin(
         self, make_decoder: Callable[[int], Decoder], begins: list[list[int]], chance: Chance
@@ -105,13 +129,15 @@ class Forcing:
             For each text the row of chance that it goes on with, the ids written, the last of them the end of document
             if the text has ended, and the log-probability that the model gives to them.
         """
+        prompts = [self._order.begin(b"".join(self._bytes[i] for i in begin)) for begin in begins]
         candidates = [
-            _Candidate(begin, b"".join(self._bytes[i] for i in begin), dict(self._words), row * CANDIDATES + i)
-            for row, begin in enumerate(begins)
+            _Candidate(begin, tails, dict(self._words), row * CANDIDATES + i)
+            for row, (begin, tails) in enumerate(zip(begins, prompts, strict=True))
             for i in range(CANDIDATES)
         ]
         while unfinished := [candidate for candidate in candidates if not candidate.is_done]:
             self._draft(make_decoder, unfinished, chance)
+            self._bridge(make_decoder, [one for one in unfinished if one.missing and not one.places])
             for candidate in unfinished:
                 self._keep(candidate)
         of_each = [candidates[i : i + CANDIDATES] for i in range(0, len(candidates), CANDIDATES)]
@@ -170,12 +196,16 @@ class Forcing:
         data = self._bytes[token]
         one.data += data
         one.half = complete_characters(one.half + data)[1]
-        text = one.written + one.data
-        stopped = any(end in text[-len(end) - len(data) + 1 :] for end in self._stop)
-        one.has_ended = token == self._sampler.eos or stopped
+        one.tails = self._order.after(one.tails, data)
+        one.has_ended = token == self._sampler.eos or one.tails is None
         one.is_drafting = not one.has_ended
-        for word in one.missing:
-            if word in text[-len(word) - len(data) + 1 :]:
+        text = one.written + one.data
+        if any(word in text[-len(word) - len(data) + 1 :] for word in one.missing):
+            if one.tails is None:
+                text = text[: min(text.index(end) for end in self._stop if end in text)]
+            rest = tuple(word for word in one.missing if word not in text)
+            room = self._room - len(one.kept) - len(one.draft) - sum(len(one.missing[word]) for word in rest)
+            if len(rest) < len(one.missing) and (not rest or self._order.fits(one.tails, rest, room)):
                 one.found(_Place(len(one.draft), [], 0, 0.0))
 
     # --- words beside a draft ---------------------------------------------------------------------------------
@@ -196,10 +226,10 @@ class Forcing:
         """Return the words that may come now and are not known to be less likely than at a place before."""
         if one.half:
             return []
-        trials, text = [], one.prompt + one.written + one.data
+        trials = []
         for word, ids in one.missing.items():
             place = _Place(len(one.draft), ids, 1, float(log_probabilities[ids[0]]))
-            if place.score > one.best and self._may_come(one, text, word):
+            if place.score > one.best and self._may_come(one, one.tails, word, one.spare - len(one.draft)):
                 if len(ids) == 1:
                     one.found(place)
                 else:
@@ -225,10 +255,8 @@ class Forcing:
             first_part = [place for place in one.places if place.before <= end // len(one.missing)]
             if first_part:
                 place = max(first_part, key=lambda place: place.score)
-            elif one.places:
-                place = min(one.places, key=lambda place: place.before)
             else:
-                place = self._bridged(one)
+                place = min(one.places, key=lambda place: place.before)
             kept, score = [*one.draft[: place.before], *place.ids], place.score
             one.log_probability += sum(one.log_probabilities[: place.before]) + score
         else:
@@ -237,49 +265,35 @@ class Forcing:
         one.kept = [*one.kept, *kept]
         one.written = b"".join(self._bytes[i] for i in one.kept)
         one.missing = {word: ids for word, ids in one.missing.items() if word not in one.written}
+        one.kept_tails = functools.reduce(self._order.after, (self._bytes[i] for i in kept), one.kept_tails)
+        one.is_done |= one.kept_tails is None  # at a stop string, before which all words have come
 
-    def _may_come(self, one: _Candidate, text: bytes, word: bytes) -> bool:
-        """Tell whether a word completes no banned one, and where room is for nothing else, the others may follow."""
-        if not self._fits(text, word):
-            return False
-        if not self._banned or len(one.draft) < one.spare:
-            return True
-        return self._can_follow(text + word, [other for other in one.missing if other != word])
+    def _may_come(self, one: _Candidate, tails, word: bytes, room: int) -> bool:
+        """Tell whether a word may come, and the others after it, with so many tokens of room for what parts them."""
+        others = tuple(other for other in one.missing if other != word)
+        return self._order.fits(self._order.after(tails, word), others, room)
 
-    def _fits(self, text: bytes, word: bytes) -> bool:
-        return not any(banned in text[max(0, len(text) - len(banned) + 1) :] + word for banned in self._banned)
+    # --- words that have no place ----------------------------------------------------------------------------
 
-    def _can_follow(self, text: bytes, words: list[bytes]) -> bool:
-        """Tell whether words may follow a text and one another in some order; of very many, in the order they have."""
-        tail = max(map(len, self._banned))
+    def _bridge(self, make_decoder, candidates: list[_Candidate]) -> None:
+        """Let a word follow at once where it was read at no place: the model gives it no probability, or it may not."""
+        if candidates:
+            begins, bridges = [[*one.begin, *one.kept] for one in candidates], list(map(self._bridged, candidates))
+            scores = log_probabilities(Texts(make_decoder(len(begins)), begins), bridges)
+            for one, ids, score in zip(candidates, bridges, scores.tolist(), strict=True):
+                one.found(_Place(0, ids, len(ids), score))
 
-        @functools.cache
-        def can_follow(text: bytes, words: tuple[bytes, ...]) -> bool:
-            those = words if len(words) <= _MANY_WORDS else words[:1]
-            return not words or any(
-                self._fits(text, word)
-                and can_follow((text + word)[-tail:], tuple(other for other in words if other != word))
-                for word in those
-            )
-
-        return can_follow(text[-tail:], tuple(words))
-
-    def _bridged(self, one: _Candidate) -> _Place:
-        """Return a word that was read at no place, as the model gives it no probability, or it completes a banned one.
-
-        The latter comes after a token that parts it from the text. If there is no room for such a token, or none there
-        is, the first word comes all the same.
-        """
-        text = one.prompt + one.written
+    def _bridged(self, one: _Candidate) -> list[int]:
+        """Return a word, after the likeliest token that parts it from the text if it would complete a banned one."""
         for word, ids in one.missing.items():
-            if self._fits(text, word):
-                return _Place(0, ids, 0, 0.0)
+            if self._may_come(one, one.kept_tails, word, one.spare):
+                return ids
         for token in np.argsort(-one.first_logits, kind="stable").tolist() if one.spare > 0 else ():
-            data = self._bytes[token]
-            if one.first_logits[token] == -np.inf:
-                break
-            if data and not complete_characters(data)[1] and "\ufffd" not in complete_characters(data)[0]:
+            if self._characters(token) and (tails := self._order.after(one.kept_tails, self._bytes[token])) is not None:
                 for word, ids in one.missing.items():
-                    if self._fits(text + data, word):
-                        return _Place(0, [token, *ids], 0, 0.0)
-        return _Place(0, next(iter(one.missing.values())), 0, 0.0)
+                    if self._may_come(one, tails, word, one.spare - 1):
+                        return [token, *ids]
+        words = ", ".join(repr(word.decode("utf-8", "surrogatepass")) for word in one.missing)
+        raise ValueError(
+            f"No room without a banned word or stop string for {words}. Raise max_new_tokens {self._room}."
+        )

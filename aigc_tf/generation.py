@@ -49,7 +49,8 @@ def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> Text:
             banned (none): words that must not be written, however they are spelt in tokens.
             forced (none): words that must be written. Each comes where the model finds it likeliest as a whole, looking
             64 tokens ahead, and before the end that the model expects; four texts are written for it, and the likeliest
-            is taken (with `best_of`, the likeliest of so many such). That takes several times as long.
+            is taken (with `best_of`, the likeliest of so many such). That takes several times as long. None completes
+            a banned word or a stop string: where there is no room for a token that parts them, that is an error.
             logit_bias (none): from a token (its text, or its id) to what is added to its logit; minus infinity
             bans it.
             best_of (1): write so many texts, and keep the one whose tokens the model finds likeliest on average.
@@ -128,6 +129,8 @@ def generate_batch(
     settings = check_generation(max_new_tokens, seed, best_of, num_beams, length_penalty, stop, **sampling)
     engine, source = choose_engine(model, engine, settings, num_beams)
     writer = Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
+    for prompt in prompts:
+        writer.check_prompt(prompt)
     seed = _seed(seed)
     best_of, num_beams, written = int(best_of), int(num_beams), []
     at_once = writer.num_texts_at_once(best_of * num_beams) if len(prompts) > 1 else 1
@@ -180,6 +183,7 @@ def stream(
     settings = check_generation(max_new_tokens, seed, stop=stop, **sampling)
     engine, source = choose_engine(model, engine, settings)
     writer = Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
+    writer.check_prompt(prompt)
     seed = _seed(seed)
 
     def pieces():

@@ -3,6 +3,7 @@
 import numpy as np
 
 from .decoding import Decoder
+from .sampling import log_softmax
 
 
 class Chance:
@@ -113,3 +114,14 @@ class Texts:
         first = int(self._first_written[rows].min(initial=self.now))
         columns = np.arange(first, self.now)
         return np.where(columns >= self._first_written[rows, None], self.ids[rows, first : self.now], -1)
+
+
+def log_probabilities(texts: Texts, ids: list[list[int]]) -> np.ndarray:
+    """Write given ids to texts, and return the log-probabilities that the model itself gives to them, (rows,)."""
+    total = np.zeros(len(ids))
+    for step in range(max(map(len, ids), default=0)):
+        rows = np.array([row for row, those in enumerate(ids) if step < len(those)])
+        tokens = np.array([ids[row][step] for row in rows])
+        total[rows] += log_softmax(texts.read(rows))[np.arange(len(rows)), tokens]
+        texts.write(rows, tokens)
+    return total

@@ -11,7 +11,7 @@ from .forcing import CANDIDATES, Forcing
 from .hardware import available_bytes, machine_bytes
 from .sampler import Sampler, check_words
 from .sampling import log_softmax
-from .texts import Chance, Texts
+from .texts import Chance, Texts, log_probabilities
 from .weights import LstmWeights, TransformerWeights
 
 
@@ -94,17 +94,15 @@ class Writer:
         texts = Texts(self._decoder(len(begins) * num_beams), [begin for begin in begins for _ in range(num_beams)])
         is_stopped = self._is_stopped if self._stop else None
         found = search_beams(texts, self._sampler, num_beams, self._max_new_tokens, length_penalty, is_stopped)
-        return list(zip(found, self._scores(begins, found) if scored else [None] * len(found), strict=True))
+        if not scored:
+            return [(ids, None) for ids in found]
+        scores = log_probabilities(Texts(self._decoder(len(begins)), begins), found)
+        return list(zip(found, scores.tolist(), strict=True))
 
-    def _scores(self, begins, written: list[list[int]]) -> list[float]:
-        """Compute the log-probabilities that the model itself gives to what was written."""
-        texts, scores = Texts(self._decoder(len(begins)), begins), np.zeros(len(begins))
-        for step in range(max(map(len, written))):
-            rows = np.array([row for row, ids in enumerate(written) if step < len(ids)])
-            ids = np.array([written[row][step] for row in rows])
-            scores[rows] += log_softmax(texts.read(rows))[np.arange(len(rows)), ids]
-            texts.write(rows, ids)
-        return scores.tolist()
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse a prompt after which the forced words have no room."""
+        if self._forcing:
+            self._forcing.check_prompt(prompt)
 
     def pieces(self, ids: Iterable[int]) -> Iterator[str]:
         """Decode what was written, up to a stop string, in whole characters."""

@@ -1,4 +1,6 @@
+import itertools
 import re
+import time
 
 import numpy as np
 import pytest
@@ -32,13 +34,14 @@ def room(*words):
     return sum(len(TOKENIZER.encode(word)) for word in words)
 
 
-def write(words, max_new_tokens, wanted=(), strength=6.0, seed=0, prompt="", banned=()):
+def write(words, max_new_tokens, wanted=(), strength=6.0, seed=0, prompt="", banned=(), stop=(), bias=()):
     """Let a writer that does not look at the text write; return the ids."""
     logits = np.zeros(V, np.float32)
     logits[wanted] += strength
     decoder = Decoder(lambda rows, positions, ids: np.tile(logits, (len(np.unique(rows)), 1)), lambda parents: None)
-    settings = check_settings(forced=words, banned=banned, temperature=1.0, top_p=None)
-    writer = Writer(TOKENIZER, "numpy", None, settings, max_new_tokens, ())
+    settings = check_settings(forced=words, banned=banned, logit_bias=dict(bias), temperature=1.0, top_p=None)
+    writer = Writer(TOKENIZER, "numpy", None, settings, max_new_tokens, stop)
+    writer.check_prompt(prompt)
     writer._decoder = lambda num_rows: decoder
     ((ids, _),) = writer.write([[BOS, *TOKENIZER.encode(prompt)]], seed, 1, False)
     assert len(ids) <= max_new_tokens
@@ -215,6 +218,107 @@ def test_a_banned_word_does_not_arise_from_a_forced_one():
 def test_words_that_would_make_a_banned_one_come_in_the_other_order():
     assert TOKENIZER.decode(write(["山", "白"], 2, prompt="日", banned=["日山"])) == "白山"
     assert TOKENIZER.decode(write(["日", "山"], 2, banned=["日山"])) == "山日"
+
+
+def holds(text, first, words):
+    """Tell whether a text holds a word that ends after a place."""
+    return any(text.find(word, max(0, first - len(word) + 1)) >= 0 for word in words)
+
+
+def tokens_needed(words, prompt, banned, stop):
+    """Count the tokens of the shortest text of all words in any order, with "#" where two must be parted."""
+    counts = []
+    for order in itertools.permutations(words):
+        for parts in itertools.product(["", "#"], repeat=len(words)):
+            new = "".join(part + word for part, word in zip(parts, order, strict=True))
+            if not holds(prompt + new, len(prompt), banned) and not holds(new, 0, stop):
+                counts.append(room(*order) + "".join(parts).count("#"))
+    return min(counts)
+
+
+@given(
+    st.lists(st.text("白日依é", min_size=1, max_size=2), min_size=1, max_size=3, unique=True),
+    st.lists(st.text("白日依é", min_size=2, max_size=3), min_size=1, max_size=6),
+    st.lists(st.text("白日依é", min_size=2, max_size=3), max_size=3),
+    st.sampled_from(["", "白", "日日", "依白日"]),
+    st.integers(0, 3),
+    st.sampled_from(list(WANTED)),
+)
+def test_no_forced_word_completes_a_banned_one_or_a_stop_string(words, banned, stop, prompt, extra, wanted):
+    words = [word for word in words if not any(word in other for other in words if other != word)]
+    banned, stop = ([end for end in ends if not any(end in word for word in words)] for ends in (banned, stop))
+    needed = tokens_needed(words, prompt, banned, stop)
+    settings = {"wanted": WANTED[wanted], "prompt": prompt, "banned": banned, "stop": stop}
+    if needed > room(*words):
+        message = message_of(ValueError, write, words, needed - 1, **settings)
+        assert f"they need {needed}, got max_new_tokens {needed - 1}" in message
+    for seed in range(3):
+        ids = write(words, needed + extra, seed=seed, **settings)
+        data = b"".join(map(TOKENIZER.token_bytes, ids))
+        assert not holds(prompt.encode() + data, len(prompt.encode()), [word.encode() for word in banned])
+        stops = [data.index(end.encode()) for end in stop if end.encode() in data]
+        assert all(word.encode() in data[: min(stops, default=None)] for word in words)
+
+
+def test_what_no_token_may_part_is_refused():
+    bias = {i: -np.inf for i in range(3, V) if TOKENIZER.token_bytes(i) != "日".encode()}
+    message = message_of(ValueError, write, ["山"], 9, prompt="依日", banned=["日山"], bias=bias)
+    expected = "After '依日' the forced words complete a banned word or a stop string where they meet, and no token may"
+    assert message == f"{expected} part them. Ban less."
+    model = table_model(TOKENIZER, {})
+    for function in (generate, stream):
+        settings = {"forced": ["山", "日"], "stop": ["山日", "日山"], "max_new_tokens": 2}
+        assert "with tokens that part them they need 3, got" in message_of(
+            ValueError, function, model, TOKENIZER, **settings
+        )
+    assert generate(model, TOKENIZER, "日", forced=["山"], stop="日山", max_new_tokens=1) == "日山"
+
+
+@pytest.mark.parametrize("num_words", [9, 12, 60])
+def test_orders_are_tried_in_little_time(num_words):
+    # One word may stand beside no other, so that no order is right, in room for the words and one more token.
+    words, unrelated = ([chr(first + i) for i in range(num)] for first, num in ((0x4E00, num_words), (0x6000, 2000)))
+    banned = [pair for word in words[1:] for pair in (words[0] + word, word + words[0])]
+    began = time.perf_counter()
+    text = TOKENIZER.decode(write(words, room(*words) + 1, banned=banned + [word * 2 for word in unrelated]))
+    assert time.perf_counter() - began < 0.1 * num_words + 5
+    assert all(word in text for word in words)
+    assert not any(word in text for word in banned)
+
+
+def test_a_word_that_comes_at_once_has_the_probability_that_the_model_gives_it():
+    hill, lean, sun, white = TOKENIZER.encode("山依日白")
+    model = table_model(TOKENIZER, {BOS: [hill, lean, sun], sun: [white, lean], white: [hill, sun]})
+    # What the model gives a probability may not come at once, and there is room for no draft of two tokens.
+    settings = {"forced": ["山"], "banned": ["日山"], "logit_bias": {"依": -np.inf}, "log_probability": True}
+    text = generate(model, TOKENIZER, "日", max_new_tokens=2, **settings)
+    assert text == "日白山"
+    assert text.log_probability == pytest.approx(2 * np.log(0.5), abs=1e-3)
+    text = generate(model, TOKENIZER, "", forced=["白日"], max_new_tokens=2, log_probability=True)
+    assert text.log_probability < -40
+    text = generate(
+        model, TOKENIZER, "日", forced=["山"], banned=["日山", "白山"], max_new_tokens=2, log_probability=True
+    )
+    assert text.log_probability < -40
+
+
+def test_nothing_follows_a_stop_string_that_comes_with_the_last_word():
+    white_sun, lean_hill, lean = map(TOKENIZER.piece_id, ("白日", "依山", "依"))
+    bias = {TOKENIZER.piece_id("白"): -np.inf}
+
+    def tokens_after(text):
+        return [white_sun] if len(text) == 1 else [lean]
+
+    model = Rule(tokens_after)
+    model.predict_on_batch = lambda ids: np.where(
+        np.arange(V) == TOKENIZER.piece_id("白"), -np.inf, Rule.predict_on_batch(model, ids)
+    ).astype(np.float32)
+    text = generate(model, TOKENIZER, forced=["白"], stop="日", max_new_tokens=9, temperature=0, logit_bias=bias)
+    assert (text, text.ids, text.finish_reason) == ("白", (white_sun,), "stop")
+    # A word after the stop string has not come.
+    model = table_model(TOKENIZER, {BOS: lean_hill, lean_hill: lean, lean: lean})
+    text = generate(model, TOKENIZER, forced=["山"], stop="依", max_new_tokens=9, temperature=0)
+    assert "山" in text
 
 
 def test_a_banned_word_in_the_prompt_does_not_keep_the_words_out():
