@@ -106,7 +106,7 @@ class Writer:
 
     def pieces(self, ids: Iterable[int]) -> Iterator[str]:
         """Decode what was written, up to a stop string, in whole characters."""
-        yield from _until(self._stop, self._tokenizer.decode_stream(ids, cut=True))
+        yield from self._tokenizer.decode_stream(_until(self._stop_bytes, ids, self._tokenizer), cut=True)
 
     def text(self, prompt: str, ids: list[int], log_probability: float | None) -> Text:
         """Make the result of what was written after a prompt."""
@@ -206,18 +206,22 @@ def write_on(
         has_ended[going] = (ids[:, -1] < 0) | (ids[:, -1] == sampler.eos) | (written[going] >= max_new_tokens)
 
 
-def _until(stop: tuple[str, ...], pieces: Iterable[str]) -> Iterator[str]:
-    """Give the pieces of a text until one of some strings comes, and hold back what may be the beginning of one."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        if places := [held.index(end) for end in stop if end in held]:
-            held = held[: min(places)]
-            break
-        open_ends = (size for end in stop for size in range(1, len(end)) if held.endswith(end[:size]))
-        known = len(held) - max(open_ends, default=0)
-        if known:
-            yield held[:known]
-            held = held[known:]
-    if held:
-        yield held
+def _until(stop: list[bytes], ids: Iterable[int], tokenizer) -> Iterator[int]:
+    """Give the tokens of a text until one of some strings comes, and hold back those that may begin one.
+
+    In bytes, as texts stop: U+FFFD stops where it was written itself, not where it is shown instead of broken UTF-8.
+    """
+    held, data = [], b""
+    for i in ids:
+        held.append(i)
+        data += tokenizer.token_bytes(i)
+        places = [data.index(end) for end in stop if end in data]
+        open_ends = (size for end in stop for size in range(1, len(end)) if data.endswith(end[:size]))
+        known = min(places) if places else len(data) - max(open_ends, default=0)
+        while held and (size := len(tokenizer.token_bytes(held[0]))) <= known:
+            yield held.pop(0)
+            data, known = data[size:], known - size
+        if places:  # amidst a token: what it holds before the stop string is whole characters
+            yield from (*tokenizer.encode(data[:known].decode()), tokenizer.EOS)
+            return
+    yield from held

@@ -523,10 +523,40 @@ def test_a_stop_string_is_found_across_tokens_batches_and_streams(model, tokeniz
 def test_a_stream_holds_back_no_more_than_may_become_a_stop_string():
     from aigc_tf.writer import _until
 
-    assert list(_until(("山水",), iter("白山白山山水日"))) == ["白", "山白", "山"]
-    assert list(_until((), iter("白山"))) == ["白", "山"]
-    assert list(_until(("水明", "明"), iter(["白水", "明日"]))) == ["白"]
-    assert list(_until(("山水",), iter("白山"))) == ["白", "山"]
+    tokenizer = aigc_tf.Tokenizer([*"白山水日明", "白水", "明日", "日白"])
+
+    def until(stop, tokens):
+        """Return what is known once each token is there."""
+        read, known = [], []
+        ids = (read.append(piece) or tokenizer.piece_id(piece) for piece in tokens)
+        for i in _until([end.encode() for end in stop], ids, tokenizer):
+            known.append((len(read), tokenizer.decode([i])))
+        return [(number, text) for number, text in known if text]
+
+    assert until(["山水"], "白山白山山水日") == [(1, "白"), (3, "山"), (3, "白"), (5, "山")]
+    assert until([], "白山") == [(1, "白"), (2, "山")]
+    assert until(["水明", "明"], ["白水", "明日"]) == [(2, "白")]
+    assert until(["白日"], ["日白", "日"]) == [(2, "日")]
+    assert until(["山水"], "白山") == [(1, "白"), (2, "山")]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"best_of": 2}, {"num_beams": 2}])
+def test_broken_characters_do_not_stop_a_text(settings):
+    # Each is shown as U+FFFD, and is not what stops: that is U+FFFD itself.
+    tokenizer = aigc_tf.Tokenizer([*"白日\ufffd"])
+    white, sun, shown = map(tokenizer.piece_id, "白日\ufffd")
+    stray = 3 + 0x99
+    for end, reason in ((tokenizer.EOS, "stop"), (sun, "length")):
+        model = table_model(tokenizer, {tokenizer.BOS: white, white: stray, stray: sun, sun: end})
+        text = generate(model, tokenizer, stop="\ufffd", max_new_tokens=5, **settings)
+        assert text.ids == (white, stray, sun, end, sun)[: len(text.ids)]
+        assert text == tokenizer.decode(text.ids)
+        assert text.finish_reason == reason
+    for spelt in ([shown], [3 + byte for byte in "\ufffd".encode()]):
+        model = table_model(tokenizer, dict(zip([tokenizer.BOS, white, *spelt], [white, *spelt, sun], strict=True)))
+        text = generate(model, tokenizer, stop="\ufffd", max_new_tokens=9, **settings)
+        assert (text, text.ids, text.finish_reason) == ("白", (white, *spelt), "stop")
+        assert "".join(stream(model, tokenizer, stop="\ufffd", max_new_tokens=9)) == "白"
 
 
 def test_very_many_tokens_may_be_asked_for(tokenizer, engine):
