@@ -99,8 +99,8 @@ def generate_batch(
 ) -> list[Text]:
     """Write on from several prompts at once; for several samples repeat a prompt.
 
-    Prompt i gives what `generate` gives alone with `seed + i`. Of very many prompts, as many are written at a time as
-    fit into memory.
+    Prompt i gives what `generate` gives alone with `seed + i`. Of very many prompts, or texts of `best_of`, as many are
+    written at a time as fit into memory.
 
     Args:
         model: see `generate`.

@@ -60,25 +60,36 @@ class Writer:
     def num_texts_at_once(self, samples: int) -> int:
         """Return how many texts of so many samples each are written at a time: in a half of the memory that is free."""
         rows = samples * (Forcing.rows_of_a_text if self._forcing else 1)
-        free = (available_bytes if self._engine == "device" else machine_bytes)() or _USUAL_BYTES
-        return max(1, int(free / 2 // (rows * _bytes_of_a_text(self._source))))
+        return max(1, int(self._free_bytes() / 2 // (rows * _bytes_of_a_text(self._source))))
+
+    def _free_bytes(self) -> float:
+        return (available_bytes if self._engine == "device" else machine_bytes)() or _USUAL_BYTES
 
     def write(self, begins, seed: int, samples: int, scored: bool) -> list[tuple[list[int], float | None]]:
         """Write several samples after each of some beginnings, and return the ids of the likeliest and their score."""
-        each = samples * (CANDIDATES if self._forcing else 1)
-        chance = Chance([(seed + i, j) if j else seed + i for i in range(len(begins)) for j in range(each)])
-        begins = [begin for begin in begins for _ in range(samples)]
+        at_once = min(samples, self.num_texts_at_once(len(begins))) if samples > 1 else 1
+        best = None
+        for first in range(0, samples, at_once):
+            new = self._write(begins, seed, range(first, min(samples, first + at_once)), scored or samples > 1)
+            best = [max(pair, key=_average) for pair in zip(best or new, new, strict=True)]
+        return [(ids, score if scored else None) for ids, score in best]
+
+    def _write(self, begins, seed: int, samples: range, scored: bool) -> list[tuple[list[int], float]]:
+        """Write those samples, and return the likeliest of each beginning."""
+        each = CANDIDATES if self._forcing else 1
+        numbers = range(samples.start * each, samples.stop * each)
+        chance = Chance([(seed + i, j) if j else seed + i for i in range(len(begins)) for j in numbers])
+        begins = [begin for begin in begins for _ in samples]
         scores = np.zeros(len(begins))
         rows, ids = self._begin(begins, chance, scores)
         over = np.array([self._is_over(those) for those in ids])
-        steps = self._steps(begins, ids, chance, rows, over, scores if scored or samples > 1 else None)
+        steps = self._steps(begins, ids, chance, rows, over, scores if scored else None)
         for column in steps:
             for row in np.flatnonzero(~over):
                 ids[row].append(int(column[row]))
                 over[row] = self._is_over(ids[row])
-        average = scores / np.maximum(1, list(map(len, ids)))
-        best = [i + int(average[i : i + samples].argmax()) for i in range(0, len(ids), samples)]
-        return [(ids[i], float(scores[i]) if scored else None) for i in best]
+        written = list(zip(ids, scores.tolist(), strict=True))
+        return [max(written[i : i + len(samples)], key=_average) for i in range(0, len(written), len(samples))]
 
     def stream(self, begin: list[int], seed: int) -> Iterator[int]:
         """Write one text, and give its ids as they come."""
@@ -91,6 +102,12 @@ class Writer:
 
     def search(self, begins, num_beams: int, length_penalty: float, scored: bool) -> list:
         """Search for the likeliest text after each of some beginnings, and return its ids and their score."""
+        needed, free = num_beams * _bytes_of_a_text(self._source), self._free_bytes()
+        if needed > free:
+            raise ValueError(
+                f"A search keeps num_beams texts in memory: {num_beams} need about {needed / 1e9:.3g} GB, and "
+                f"{max(0, free) / 1e9:.3g} GB are free. Lower num_beams."
+            )
         texts = Texts(self._decoder(len(begins) * num_beams), [begin for begin in begins for _ in range(num_beams)])
         is_stopped = self._is_stopped if self._stop else None
         found = search_beams(texts, self._sampler, num_beams, self._max_new_tokens, length_penalty, is_stopped)
@@ -148,6 +165,12 @@ class Writer:
         begins = [[*begin, *those] for begin, those in zip(begins, ids, strict=True)]
         texts = Texts(self._decoder(len(begins)), begins, written)
         return write_on(texts, self._sampler, chance, self._max_new_tokens, over, scores, rows, np.array(written))
+
+
+def _average(written: tuple[list[int], float]) -> float:
+    """Return the log-probability of a token of a text, on average."""
+    ids, log_probability = written
+    return log_probability / max(1, len(ids))
 
 
 _SECONDS_AT_A_TIME = 0.02  # that compiled code may write before the reader of a stream sees it

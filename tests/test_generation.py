@@ -584,10 +584,36 @@ def test_prompts_beyond_memory_are_written_some_at_a_time(model, tokenizer, monk
     monkeypatch.setattr(
         writer, "decoder", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
     )
-    monkeypatch.setattr(writer, "machine_bytes", lambda: 1.0)
+    monkeypatch.setattr(writer, "_bytes_of_a_text", lambda source: 1)
+    monkeypatch.setattr(writer, "machine_bytes", lambda: 2.0)
     assert generate_batch(model, tokenizer, prompts, **settings) == expected
     assert len(batches) >= 5
     assert len(set(batches)) <= 2
+
+
+@pytest.mark.parametrize("forced", [[], ["月"]])
+def test_candidates_beyond_memory_are_written_some_at_a_time(model, tokenizer, monkeypatch, forced):
+    settings = {"max_new_tokens": 6, "seed": 3, "best_of": 7, "forced": forced, "log_probability": True}
+    expected, batches, make = generate_batch(model, tokenizer, ["白", "日"], **settings), [], writer.decoder
+    monkeypatch.setattr(
+        writer, "decoder", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
+    )
+    rows_of_a_text = writer.Forcing.rows_of_a_text if forced else 1
+    monkeypatch.setattr(writer, "_bytes_of_a_text", lambda source: 1)
+    for at_once in (1, 3):
+        monkeypatch.setattr(writer, "machine_bytes", lambda at_once=at_once: 2.0 * at_once * rows_of_a_text)
+        for i, (prompt, text) in enumerate(zip(["白", "日"], expected, strict=True)):
+            alone = generate(model, tokenizer, prompt, **{**settings, "seed": 3 + i})
+            assert (alone, alone.ids) == (text, text.ids)
+            assert alone.log_probability == pytest.approx(text.log_probability, abs=1e-3)
+        assert max(batches) == at_once * rows_of_a_text
+
+
+def test_a_search_beyond_memory_is_refused(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(writer, "machine_bytes", lambda: 4e9)
+    message = message_of(ValueError, generate, model, tokenizer, num_beams=10**7)
+    assert "A search keeps num_beams texts in memory: 10000000 need about" in message
+    assert message.endswith("GB, and 4 GB are free. Lower num_beams.")
 
 
 def test_arguments_of_another_kind_are_one_clear_line(tokenizer):
