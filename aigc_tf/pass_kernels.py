@@ -193,12 +193,9 @@ def causal_softmax_gradient(first, last, probabilities, d_probabilities, d_score
 
 @compiled(fastmath=_FAST)
 def sum_of_squares(x):
-    total = np.float64(0)
-    for start in range(0, len(x), 1024):  # float32 in vectors, float64 for what would be lost in a long sum
-        part = _f32(0)
-        for j in range(start, min(start + 1024, len(x))):
-            part += x[j] * x[j]
-        total += part
+    total = _f32(0)  # in many sums side by side, as vectors have; in blocks, numba no longer reads in vectors
+    for j in range(len(x)):
+        total += x[j] * x[j]
     return total
 
 
