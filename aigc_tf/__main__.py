@@ -28,9 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell has closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
-    parser = make_parser()
-    options = parser.parse_args(arguments)
     try:
+        parser = make_parser()
+        try:
+            options = parser.parse_args(arguments)
+        except SystemExit:  # it has shown help, or told of a wrong option
+            sys.stdout.flush()
+            raise
         if options.command is None:
             parser.print_help()
             sys.stdout.flush()

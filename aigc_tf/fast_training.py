@@ -124,7 +124,9 @@ def fast_model(model: keras.Model, with_passes: bool) -> keras.Model:
 
 def _num_threads() -> int:
     """Return how many threads to give an operation: as TensorFlow was told, or else one for each core."""
-    chosen = tf.config.threading.get_intra_op_parallelism_threads() or int(os.environ.get("TF_NUM_INTRAOP_THREADS", 0))
+    named = os.environ.get("TF_NUM_INTRAOP_THREADS", "").strip()
+    # TensorFlow passes over what is no number there, too.
+    chosen = tf.config.threading.get_intra_op_parallelism_threads() or (int(named) if named.isdecimal() else 0)
     return chosen or usable_cores()
 
 

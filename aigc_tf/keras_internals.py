@@ -32,6 +32,11 @@ def is_its_graph(model) -> bool:
     return all(module.split(".")[0] == "keras" for module in own)
 
 
+def takes_by_name(model) -> bool:
+    """Tell whether a functional model takes a dict, which its `input_shape` does not tell of a single input."""
+    return isinstance(getattr(model, "_inputs_struct", None), dict)
+
+
 def gives_by_name(model) -> bool:
     """Tell whether a functional model gives a dict, which its `output_shape` does not tell of a single output."""
     return isinstance(getattr(model, "_outputs_struct", None), dict)

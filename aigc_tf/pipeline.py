@@ -205,8 +205,11 @@ def run_pipeline(
             show(f"measured on {len(measured):,} of the {len(valid_documents):,} held-out documents")
         figures = {**evaluate(language_model, tokenizer, measured), "steps_done": steps_done}
         simpler = baselines(tokenizer, ids, measured)
-        for name, value in {**figures, **{f"bits_per_char of {name}": bits for name, bits in simpler.items()}}.items():
+        for name, value in figures.items():
             show(describe_figure(name, value))
+        show("bits per character of simpler models")
+        for name, value in simpler.items():
+            show(describe_figure(f"  {_IN_WORDS.get(name, name)}", value))
 
         # 6. predict
         sample = generate(language_model, tokenizer, max_new_tokens=context, seed=seed)
@@ -288,7 +291,13 @@ SETTINGS = {
 }
 
 
-_IN_WORDS = {"perplexity": "perplexity per token", "tokens": "tokens predicted", "chars": "characters"}
+_IN_WORDS = {
+    "perplexity": "perplexity per token",
+    "tokens": "tokens predicted",
+    "chars": "characters",
+    "uniform": "uniform over the vocabulary",
+    "frequency": "token frequencies",
+}
 
 
 def describe_figure(name: str, value: float) -> str:

@@ -39,11 +39,11 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         model: the `keras.Model`.
         tokenizer: its tokenizer.
         **record: what else `run.json` shall tell, such as `settings`, `data` and `figures`: anything that
-            JSON can hold.
+            JSON can hold; `settings` must be a dict.
 
     Raises:
-        ValueError: model and tokenizer do not belong together, or it is what `load_writer` gives, or of
-            a class that overrides `call`.
+        ValueError: model and tokenizer do not belong together, `settings` is no dict of settings, or the model is what
+            `load_writer` gives, or of a class that overrides `call`.
     """
     from .devices import keras
     from .distribution import is_first_host
@@ -51,6 +51,7 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
     if isinstance(model, TransformerWeights | LstmWeights):
         raise ValueError("save needs the model itself, got what load_writer gives. Load it with load.")
     check_vocabulary(model, tokenizer)
+    _check_settings(record.get("settings", {}))
     if not is_its_graph(model):
         raise ValueError(
             f"save writes the graph of a model, and {type(model).__name__} overrides its call, which would be lost. "
@@ -255,9 +256,19 @@ def read_run(path) -> dict:
         hashes = run.get("sha256")
         if not isinstance(hashes, dict) or set(hashes) != {_MODEL, _TOKENIZER}:
             raise ValueError(f"its sha256 must tell of {_MODEL} and {_TOKENIZER}, and of nothing else")
+        _check_settings(run.get("settings", {}))
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read by this version: {error}.") from None
     return run
+
+
+def _check_settings(settings) -> None:
+    """Refuse settings that are not by name, or whose held-out side cannot be found again."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"settings must be a dict, got {settings!r}")
+    fraction = settings.get("valid_fraction", 0.5)
+    if not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        raise ValueError(f"valid_fraction in its settings must lie between 0 and 1, got {fraction!r}")
 
 
 def versions() -> dict[str, str]:

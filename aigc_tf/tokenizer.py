@@ -14,7 +14,7 @@ import numpy as np
 from .chunks import map_chunks
 from .cores import usable_cores
 from .files import write_json
-from .keras_internals import gives_by_name
+from .keras_internals import gives_by_name, takes_by_name
 from .segmentation import as_user_dict, is_rust, segmenter
 from .text import check_documents
 
@@ -40,7 +40,7 @@ class Tokenizer:
         user_dict: a jieba user dictionary, its file or its lines; only for words.
 
     Raises:
-        ValueError: `unit` is unknown, or a piece is empty or stands twice.
+        ValueError: `unit` is unknown, a piece is empty or stands twice, or UTF-8 cannot hold one.
 
     Example:
         >>> tokenizer = Tokenizer.train(["春眠不觉晓，处处闻啼鸟。"])
@@ -61,6 +61,8 @@ class Tokenizer:
         self._ids = {piece: i for i, piece in enumerate(self.pieces, _FIRST_PIECE)}
         if len(self._ids) < len(self.pieces) or "" in self._ids:
             raise ValueError("A vocabulary needs pieces that are all different and not empty.")
+        if broken := next(filter(_SURROGATE.search, (*self.pieces, *self.user_dict)), None):
+            raise ValueError(f"A vocabulary and its user dictionary must be text that UTF-8 can hold, got {broken!a}.")
 
     @classmethod
     def train(
@@ -313,11 +315,13 @@ def check_vocabulary(model, tokenizer: Tokenizer) -> None:
             "keras.Model(ids, model(ids))."
         )
     shapes = model.input_shape, model.output_shape
-    is_one = [isinstance(shape, tuple) and len(shape) for shape in shapes] == [2, 3] and not gives_by_name(model)
+    by_name = takes_by_name(model), gives_by_name(model)
+    shown = ["a dict" if is_dict else shape for is_dict, shape in zip(by_name, shapes, strict=True)]
+    is_one = [isinstance(shape, tuple) and len(shape) for shape in shown] == [2, 3]
     if not is_one or (shapes[0][1] is None and hasattr(model, "get_layer")):
         raise ValueError(
             "A language model has one input, ids (batch, T) with T fixed, and one output, logits (batch, T, V), got "
-            f"{shapes[0]} and {'a dict' if gives_by_name(model) else shapes[1]}. Wrap it: "
+            f"{shown[0]} and {shown[1]}. Wrap it: "
             "ids = keras.Input((context,), dtype='int32'); keras.Model(ids, logits), with logits made of ids."
         )
     if model.output_shape[-1] != tokenizer.vocab_size:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from .dataset import as_seed
 from .devices import tf
 from .files import locked, write_json
 from .pipeline import run_pipeline
@@ -90,6 +91,9 @@ def tune(
         raise ValueError(f"trials must be at least 1, got {trials}.")
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes}.")
+    seed = as_seed(seed)
+    if "seed" in fixed:
+        fixed["seed"] = as_seed(fixed["seed"])
     _keras_tuner()
     folder = Path(folder)
     search = {

@@ -224,7 +224,10 @@ def check_file(path) -> None:
 
     def elsewhere(name, item):
         is_whole = not isinstance(item, h5py.Dataset) or not (
-            item.external or item.is_virtual or item.id.get_storage_size() < item.size * item.dtype.itemsize
+            item.shape is None  # an empty one, as HDF5 calls it
+            or item.external
+            or item.is_virtual
+            or item.id.get_storage_size() < item.size * item.dtype.itemsize
         )
         return None if is_whole else name
 

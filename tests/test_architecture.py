@@ -77,7 +77,7 @@ ALLOWED = {
         "models", "optimization", "saving", "segmentation", "text", "tokenizer", "training",
     },
     "search_space": {"pipeline"},
-    "tuning": {"devices", "files", "pipeline", "saving", "search_space", "text"},
+    "tuning": {"dataset", "devices", "files", "pipeline", "saving", "search_space", "text"},
     "explanation": {"devices", "distribution", "evaluation", "ngram", "tokenizer", "weights"},
 }
 # fmt: on

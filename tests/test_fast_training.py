@@ -246,5 +246,8 @@ def test_an_operation_has_the_threads_of_the_usable_cores_or_those_that_tensorfl
     monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
     monkeypatch.setattr(module, "usable_cores", lambda: 3)
     assert module._num_threads() == 3
+    for no_number in ("", "abc", "0", "-1"):
+        monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", no_number)
+        assert module._num_threads() == 3
     monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "2")
     assert module._num_threads() == 2

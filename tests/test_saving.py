@@ -419,3 +419,14 @@ def test_versions_are_told_without_loading_keras(tmp_path):
         told = json.loads(done.stdout)
         assert told["backend"] == expected
         assert told["keras"] == keras.__version__
+
+
+@pytest.mark.parametrize("settings", [["steps"], "x", None, {"valid_fraction": "x"}, {"valid_fraction": 2}])
+def test_settings_are_by_name_and_can_hold_out(trained, tokenizer, tmp_path, settings):
+    assert "settings" in message_of(ValueError, save, tmp_path / "other", trained, tokenizer, settings=settings)
+    assert not (tmp_path / "other").exists()
+    save(tmp_path, trained, tokenizer)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), "settings": settings}), "utf-8")
+    for read in (read_run, load_writer):
+        assert "cannot be read by this version: " in message_of(ValueError, read, tmp_path)

@@ -380,15 +380,26 @@ def test_a_model_has_one_input_of_fixed_length_and_one_output(tokenizer, documen
         return keras.Input((size,), dtype="int32", name=name)
 
     embed = keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)
-    a, b, free = ids(), ids(name="b"), ids(None)
+    a, b, free = ids(name="a"), ids(name="b"), ids(None)
     for model in (
         keras.Model(free, embed(free)),
         keras.Model([a, b], embed(a) + embed(b)),
         keras.Model(a, [embed(a), embed(a)]),
         keras.Model(a, {"logits": embed(a)}),
+        keras.Model({"a": a}, embed(a)),
         keras.Model(a, embed(a)[:, -1]),
     ):
         for use, text in ((generate, "白"), (evaluate, documents[:2]), (surprisal, "白日")):
             with pytest.raises(ValueError, match=r"one input, ids \(batch, T\) with T fixed.* Wrap it: "):
                 use(model, tokenizer, text)
     assert np.isfinite(evaluate(keras.Model(a, embed(a)), tokenizer, documents[:2])["bits_per_char"])
+
+
+@pytest.mark.parametrize("state", [{"pieces": ["春", "\ud800"]}, {"unit": "word", "user_dict": ["春\udfff 3"]}])
+def test_a_file_of_half_characters_is_refused(tmp_path, state):
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(["春"]).save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **state}), "utf-8")
+    message = message_of(ValueError, Tokenizer.load, path)
+    assert "text that UTF-8 can hold, got" in message
+    assert message.isascii()

@@ -125,6 +125,14 @@ def test_a_failed_trial_is_listed_and_the_search_goes_on(documents, tmp_path, ca
     assert "failed: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_refused_before_a_folder_is_made(documents, tmp_path, seed):
+    for wrong in ({"seed": seed}, {"seed": 0.5}):
+        message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, trials=1, **wrong, **SMALL)
+        assert "seed must be a whole number from 0 to 2**63 - 1, got" in message
+    assert not (tmp_path / "search").exists()
+
+
 def test_when_all_trials_fail_the_reason_is_told(documents, tmp_path):
     space, fixed = {"hidden_dim": [7, 9]}, {**SMALL, "model": "transformer", "num_heads": 2}
     del fixed["hidden_dim"]

@@ -260,7 +260,9 @@ def test_a_file_is_read_as_the_model_is(name, tmp_path):
 # --- files that reach beyond themselves ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["external data", "virtual data", "soft link", "external link", "a bomb", "no storage"])
+@pytest.mark.parametrize(
+    "how", ["external data", "virtual data", "soft link", "external link", "a bomb", "no storage", "empty"]
+)
 def test_a_file_that_reaches_beyond_itself_is_refused(how, tmp_path):
     secret = tmp_path / "secret"
     secret.write_bytes(b"TOP SECRET" * 1000)
@@ -284,6 +286,8 @@ def test_a_file_that_reaches_beyond_itself_is_refused(how, tmp_path):
             place["2"] = h5py.ExternalLink(str(secret), "/any")
         elif how == "a bomb":
             place.create_dataset("2", data=np.zeros(10**6, dtype), compression="gzip")
+        elif how == "empty":
+            place.create_dataset("2", data=h5py.Empty(dtype))
         else:
             place.create_dataset("2", (10**12,), dtype, chunks=(10**6,))
 
