@@ -19,7 +19,8 @@ class Choosing(NamedTuple):
     """How tokens are chosen.
 
     Attributes:
-        bias: `float32 (V,)`, added to the logits.
+        bias: `float32 (8, V)`, added to the logits, by what is pending of a character (`utf8.py`).
+        after: `int8 (8, V)`, what is pending after each token.
         eos: the token for a row that allows none.
         temperature: `float32`, 0 takes the likeliest token.
         top_k: V for all tokens.
@@ -29,6 +30,7 @@ class Choosing(NamedTuple):
     """
 
     bias: np.ndarray
+    after: np.ndarray
     eos: int
     temperature: np.float32
     top_k: int
@@ -37,32 +39,33 @@ class Choosing(NamedTuple):
     min_p: np.float32
 
 
-def choose(logits: np.ndarray, uniforms: np.ndarray, choosing: Choosing) -> np.ndarray:
+def choose(logits: np.ndarray, uniforms: np.ndarray, pending: np.ndarray, choosing: Choosing) -> np.ndarray:
     """Draw a token from each row as `sampling.choose` does.
 
     Args:
         logits: `float32 (R, V)`.
         uniforms: `float64 (R,)`, uniform in [0, 1).
+        pending: `int64 (R,)`, what is pending of a character in each row.
         choosing: how.
 
     Returns:
         Token ids, `int64 (R,)`; `NO_NUMBER` for a row that holds NaN or infinity.
     """
     with one_at_a_time:
-        return choose_compiled(logits, uniforms, choosing)
+        return choose_compiled(logits, uniforms, pending, choosing)
 
 
 @compiled(parallel=True, fastmath=_WITH_INFINITY)
-def choose_compiled(logits, uniforms, choosing):
+def choose_compiled(logits, uniforms, pending, choosing):
     """Do what `choose` does, for compiled code."""
-    bias, eos, temperature, top_k, typical_p, top_p, min_p = choosing
+    bias, _, eos, temperature, top_k, typical_p, top_p, min_p = choosing
     num_rows, vocab_size = logits.shape
     ids = np.empty(num_rows, np.int64)
     for row in numba.prange(num_rows):
         scaled = np.empty(vocab_size, _f32)
         largest, are_numbers = _f32(-np.inf), True
         for i in range(vocab_size):
-            scaled[i] = logits[row, i] + bias[i]
+            scaled[i] = logits[row, i] + bias[pending[row], i]
             largest = max(largest, scaled[i])
             are_numbers &= scaled[i] == scaled[i]
         if not are_numbers or largest == np.inf:

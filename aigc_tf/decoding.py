@@ -31,9 +31,10 @@ class Decoder(NamedTuple):
             of any lengths are read in one call without padding, and later each row takes one token a call.
         copy: from `int (num_rows,)`: let row r go on from what the row named there has read.
         num_positions: how many positions a text may have; None if it may go on for ever.
-        write: where a loop of reading and choosing is compiled, from `(rows, positions, ids, uniforms, choosing)`,
-            a token of each row to read, uniforms `(R, steps)` and a `choice.Choosing`, to the tokens that follow,
-            `int64 (R, steps)`, -1 after the end of document. The last of each row is not read.
+        write: where a loop of reading and choosing is compiled, from `(rows, positions, ids, pending, uniforms,
+            choosing)`, a token of each row to read, what is pending of a character after it (`utf8.py`), uniforms
+            `(R, steps)` and a `choice.Choosing`, to the tokens that follow, `int64 (R, steps)`, -1 after the end of
+            document. The last of each row is not read.
     """
 
     read: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]

@@ -29,8 +29,7 @@ def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> Text:
         **settings: by name:
 
             max_new_tokens (100): how many tokens to write at the most.
-            stop (none): strings, or one, before which the text ends; none of them is in what is written
-            (U+FFFD is one where it was written itself, not where it is shown instead of a broken character).
+            stop (none): strings, or one, before which the text ends; none of them is in what is written.
             seed (None): makes the text repeatable; None takes another each time.
             temperature (0.8): 0 takes the likeliest token each time; below 1 is more careful than the model, above
             1 more daring.

@@ -168,19 +168,20 @@ def _read_transformer(tokens, positions_table, norms, attention, output, mlp_nor
 
 
 @compiled()
-def _write_transformer(weights, cache, scales, rows, positions, ids, uniforms, choosing):
+def _write_transformer(weights, cache, scales, rows, positions, ids, pending, uniforms, choosing):
     """Read a token of each row, choose one, read that, and so on; return those chosen, -1 where a row has ended."""
     written = np.full(uniforms.shape, -1, np.int64)
-    going, newest = np.arange(len(rows)), ids
+    going, newest, pending = np.arange(len(rows)), ids, pending.copy()
     for step in range(uniforms.shape[1]):
         logits = _read_transformer(
             *weights, cache, scales, rows[going], positions[going] + step, newest, np.arange(len(going))
         )
-        newest = choose_compiled(logits, uniforms[:, step][going], choosing)
+        newest = choose_compiled(logits, uniforms[:, step][going], pending, choosing)
         for i in range(len(going)):
             written[going[i], step] = newest[i]
+            pending[i] = choosing.after[pending[i], max(newest[i], 0)]
         left = (newest != choosing.eos) & (newest != NO_NUMBER)
-        going, newest = going[left], newest[left]
+        going, newest, pending = going[left], newest[left], pending[left]
         if len(going) == 0:
             break
     return written
@@ -223,8 +224,8 @@ def decoder(weights: TransformerWeights | LstmWeights, num_rows: int):
             return threads.run(read, rows, positions, ids, last)
         return _run(threads.limit, read, rows, positions, ids, last)  # a prompt is work enough for all
 
-    def write_in_threads(rows, positions, ids, uniforms, choosing):
-        return threads.run(write, rows, positions, ids, uniforms, choosing, steps=uniforms.shape[1])
+    def write_in_threads(rows, positions, ids, pending, uniforms, choosing):
+        return threads.run(write, rows, positions, ids, pending, uniforms, choosing, steps=uniforms.shape[1])
 
     return read_in_threads, copy, write and write_in_threads
 
@@ -261,10 +262,10 @@ def _transformer_decoder(w: TransformerWeights, num_rows: int):
         for kept in (cache, scales):
             kept[:, :, moved, :, :used] = kept[:, :, parents[moved], :, :used]
 
-    def write(rows, positions, ids, uniforms, choosing):
+    def write(rows, positions, ids, pending, uniforms, choosing):
         nonlocal used
         used = max(used, int(positions.max()) + uniforms.shape[1])
-        return _write_transformer(packed, cache, scales, rows, positions, ids, uniforms, choosing)
+        return _write_transformer(packed, cache, scales, rows, positions, ids, pending, uniforms, choosing)
 
     return read, copy, write
 

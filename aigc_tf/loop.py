@@ -6,9 +6,10 @@ next, and the text of a row starts at the column `starts[row]`. Of a Transformer
 of column c stand in slot c modulo T of the cache. Rows and prompts are padded to powers of two, so that others need
 no other compilation.
 
-The state that the compiled functions hand on is a dict: `logits` (B, V) after the newest token; `cache`, the keys and
-values (B, H, T, D / H) or the hidden and cell states (B, D) of each layer; and if the settings ask for them `counts`
-(2, B, V) of the tokens in the text and of those written, and `text` (B, columns), the newest at the right end.
+The state that the compiled functions hand on is a dict: `logits` (B, V) after the newest token; `pending` (B,), what is
+pending of a character (`utf8.py`); `cache`, the keys and values (B, H, T, D / H) or the hidden and cell states (B, D)
+of each layer; and if the settings ask for them `counts` (2, B, V) of the tokens in the text and of those written, and
+`text` (B, columns), the newest at the right end.
 """
 
 import weakref
@@ -155,7 +156,8 @@ def _settings_on_device(sampler: Sampler) -> dict:
     """Return the sampler's tables, and those settings that are numbers and used."""
     used = {name: getattr(sampler.settings, name) for name in _NUMBERS}
     used = {name: np.float32(number) for name, number in used.items() if number != getattr(_UNUSED, name)}
-    return keras.tree.map_structure(ops.convert_to_tensor, {"bias": sampler.bias, "exempt": sampler.exempt, **used})
+    tables = {"biases": sampler.biases, "after": sampler.after.astype(np.int32).ravel(), "exempt": sampler.exempt}
+    return keras.tree.map_structure(ops.convert_to_tensor, {**tables, **used})
 
 
 def _first_state(weights, sampler: Sampler, text: np.ndarray, now: int, dtype: str) -> dict:
@@ -166,7 +168,10 @@ def _first_state(weights, sampler: Sampler, text: np.ndarray, now: int, dtype: s
         context, dim = weights.position_embedding.shape
         shapes = [(num_rows, weights.num_heads, context, dim // weights.num_heads)] * len(weights.blocks)
     cache = [(ops.zeros(shape, dtype), ops.zeros(shape, dtype)) for shape in shapes]
-    state = {"logits": ops.zeros((num_rows, vocab_size), "float32"), "cache": cache}
+    pending = np.zeros(num_rows, np.int32)
+    for ids in text[:, max(0, now - 3) : now].T:
+        pending = sampler.after[pending, ids]
+    state = {"logits": ops.zeros((num_rows, vocab_size), "float32"), "cache": cache, "pending": _int32(pending)[0]}
     if any(getattr(sampler.settings, name) != getattr(_UNUSED, name) for name in _PENALTIES):
         counts = sampling.count_tokens(text[:, :now], vocab_size)
         state["counts"] = ops.convert_to_tensor(np.stack([counts, np.zeros_like(counts)]))
@@ -206,7 +211,8 @@ def _write(rules, weights, state, settings, uniforms, going, starts, now, count)
             score = ops.take_along_axis(sampling.log_softmax(state["logits"]), chosen, axis=-1)
             scores = ops.slice_update(scores, (0, i), ops.where(going[:, None], score, 0.0))
         logits, cache = _read(weights, state["cache"], chosen, starts, now + i + 1)
-        read = {"logits": logits, "cache": cache}
+        pending = ops.take(settings["after"], state["pending"] * logits.shape[-1] + ops.maximum(chosen[:, 0], 0))
+        read = {"logits": logits, "cache": cache, "pending": pending}
         if "counts" in state:
             read["counts"] = state["counts"] + ops.one_hot(chosen[:, 0], logits.shape[-1], dtype="int32")
         if "text" in state:
@@ -221,7 +227,7 @@ def _write(rules, weights, state, settings, uniforms, going, starts, now, count)
 
 def _adjust(rules, settings, state):
     """Do what `Sampler.adjust` does to the logits (B, V)."""
-    logits = state["logits"] + settings["bias"]
+    logits = state["logits"] + ops.take(settings["biases"], state["pending"], axis=0)
     vocab_size = logits.shape[-1]
     if "text" in state:
         repeating = sampling.repeating_tokens(state["text"], int(rules.no_repeat_ngram))

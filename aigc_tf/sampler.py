@@ -1,6 +1,7 @@
 """Sampler: the settings of sampling, checked in one place, and the choice of the next token that follows from them.
 
-In order: bias, repeated n-grams and banned words, penalties, temperature, top-k, typical, top-p, min-p, the draw.
+In order: bias, where bytes come only as they make whole characters (`utf8.py`), repeated n-grams and banned words,
+penalties, temperature, top-k, typical, top-p, min-p, the draw.
 Forced words stand above it (`forcing.py`): they take the place of the draw.
 """
 
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import sampling
+from . import sampling, utf8
 from .tokenizer import Tokenizer
 
 _COLDEST = 1e-6  # below, differences that float32 logits can hold leave but the likeliest token
@@ -122,6 +123,12 @@ class Sampler:
         settings: what `check_settings` gave.
         compiled: choose with `choice.py`.
 
+    Attributes:
+        biases: `float32 (8, V)`, added to the logits, by what is pending of a character: minus infinity for all that
+            does not go on with it. A character is not begun whose other bytes are all banned.
+        bias: the first of them, for a text of whole characters.
+        after: what is pending after each token, `int8 (8, V)`.
+
     Raises:
         ValueError: a token of `logit_bias` is none of the vocabulary, or no token is left to choose.
     """
@@ -139,6 +146,8 @@ class Sampler:
         self.bias[[tokenizer.PAD, tokenizer.BOS]] = -np.inf
         self.token_bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] if settings.banned else []
         self.completions = self._ban_words([word.encode("utf-8", "surrogatepass") for word in settings.banned])
+        self.biases, self.after = _by_pending(self.bias, tokenizer.BYTES)
+        self.bias = self.biases[0]
         if np.isneginf(self.bias).all():
             raise ValueError("banned and logit_bias leave no token to choose, not even the end of the text.")
         exempt = [i for i in map(tokenizer.piece_id, settings.exempt) if i is not None]
@@ -171,7 +180,7 @@ class Sampler:
             New logits (R, V).
         """
         s = self.settings
-        logits = logits + self.bias
+        logits = logits + self.biases[self.pending(texts, rows)]
         if not self.depends_on_text:
             return self._or_end(logits)
         ids, vocab_size = texts.so_far(rows), len(self.bias)
@@ -188,6 +197,13 @@ class Sampler:
             logits = sampling.penalize_counts(logits, counts, s.presence_penalty, s.frequency_penalty)
         return logits
 
+    def pending(self, texts, rows: np.ndarray) -> np.ndarray:
+        """Return what is pending of the newest character of some texts, as `utf8.py` numbers it, `int64 (R,)`."""
+        pending = np.zeros(len(rows), np.int64)
+        for ids in texts.ids[rows, max(0, texts.now - 3) : texts.now].T:  # more than three bytes are never pending
+            pending = self.after[pending, ids]  # -1, no token, is the last one here, after which nothing is pending
+        return pending.astype(np.int64)
+
     def _or_end(self, logits: np.ndarray) -> np.ndarray:
         """Let a text end for which nothing is left to come; in place."""
         highest = logits.max(axis=-1)
@@ -198,7 +214,7 @@ class Sampler:
 
     @property
     def depends_on_text(self) -> bool:
-        """Whether the adjustment depends on the text so far."""
+        """Whether the adjustment depends on more of the text so far than its newest character."""
         s = self.settings
         neutral = (s.no_repeat_ngram, s.repetition_penalty, s.presence_penalty, s.frequency_penalty) == (None, 1, 0, 0)
         return not neutral or bool(self.completions)
@@ -223,30 +239,37 @@ class Sampler:
             Ids, `int64 (R,)`.
         """
         if self.compiled:
-            return self._choose_compiled(adjusted, uniforms, self.choosing._replace(bias=np.zeros_like(self.bias)))
+            return self._choose_compiled(adjusted, uniforms, None)
         s = self.settings
         return sampling.choose(adjusted, uniforms, s.temperature or None, s.top_k, s.typical_p, s.top_p, s.min_p)
 
-    def choose_at_once(self, logits: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """Adjust and choose as the methods of these names do, where the adjustment does not depend on the text."""
-        if not self.compiled:
-            return self.choose(self._or_end(logits + self.bias), uniforms)
-        return self._choose_compiled(logits, uniforms, self.choosing)
+    def choose_at_once(self, logits: np.ndarray, texts, rows: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Adjust and choose as the methods of these names do."""
+        if not self.compiled or self.depends_on_text:
+            return self.choose(self.adjust(logits, texts, rows), uniforms)
+        return self._choose_compiled(logits, uniforms, self.pending(texts, rows))
 
     @functools.cached_property
     def choosing(self):
-        """The adjustment and choice where it does not depend on the text, as compiled code takes it."""
+        """The adjustment and choice where no more of the text matters than its newest character, for compiled code."""
         from .choice import Choosing
 
         s, vocab_size = self.settings, len(self.bias)
         top_k = min(s.top_k or vocab_size, vocab_size)
         shares = s.typical_p or 1, s.top_p or 1, s.min_p or 0
-        return Choosing(self.bias, self.eos, np.float32(s.temperature), top_k, *map(np.float32, shares))
+        return Choosing(self.biases, self.after, self.eos, np.float32(s.temperature), top_k, *map(np.float32, shares))
 
-    def _choose_compiled(self, logits, uniforms, choosing):
+    def _choose_compiled(self, logits, uniforms, pending):
+        """Choose in compiled code, from logits that are adjusted already if `pending` is None."""
         from .choice import choose
 
-        return self.check_numbers(choose(logits, uniforms, choosing))
+        choosing = self.choosing
+        if pending is None:
+            pending, choosing = (
+                np.zeros(len(logits), np.int64),
+                choosing._replace(bias=np.zeros((1, logits.shape[1]), np.float32)),
+            )
+        return self.check_numbers(choose(logits, uniforms, pending, choosing))
 
     @staticmethod
     def check_numbers(chosen: np.ndarray) -> np.ndarray:
@@ -256,6 +279,19 @@ class Sampler:
         if (chosen == NO_NUMBER).any():
             raise ValueError(NOT_FINITE)
         return chosen
+
+
+def _by_pending(bias: np.ndarray, byte_ids: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bias by what is pending of a character, (8, V), and what is pending after each token, (8, V)."""
+    may_come, after_byte = utf8.tables()
+    biases = np.full((len(may_come), len(bias)), -np.inf, np.float32)
+    biases[0] = bias
+    biases[:, byte_ids] = np.where(may_come, bias[byte_ids], -np.inf)
+    can_go_on = (biases > -np.inf).any(axis=1)
+    biases[0, byte_ids][~can_go_on[after_byte[0]]] = -np.inf
+    after = np.zeros(biases.shape, np.int8)
+    after[:, byte_ids] = after_byte
+    return biases, after
 
 
 def _token_id(tokenizer: Tokenizer, token: str | int) -> int:

@@ -79,7 +79,8 @@ class Texts:
         """Read and write in compiled code, one step for each column of uniforms; return ids as `Decoder.write` does."""
         newest = self.ids[rows, self.now - 1].astype(np.int64)
         positions = self.now - 1 - self._start[rows]
-        ids = sampler.check_numbers(self._decoder.write(rows, positions, newest, uniforms, sampler.choosing))
+        ids = self._decoder.write(rows, positions, newest, sampler.pending(self, rows), uniforms, sampler.choosing)
+        ids = sampler.check_numbers(ids)
         ids = ids[:, (ids >= 0).any(0)]
         self._grow(ids.shape[1])
         self.ids[rows, self.now : self.now + ids.shape[1]] = ids

@@ -51,6 +51,7 @@ class Tokenizer:
     """
 
     PAD, BOS, EOS = 0, 1, 2
+    BYTES = slice(_FIRST_BYTE, _FIRST_PIECE)
 
     def __init__(self, pieces: Sequence[str], unit: str = "char", user_dict: Sequence[str] | str = ()):
         if unit not in UNITS:
@@ -170,7 +171,8 @@ class Tokenizer:
 
         Args:
             ids: token ids, possibly from a generator.
-            cut: the ids may stop anywhere, so leave out a character whose last bytes are missing at the end.
+            cut: the ids may stop anywhere, so leave out a character whose last bytes are missing at the end, or before
+                the end of document.
 
         Returns:
             An iterator over `str`; joined they equal `decode(ids)`.
@@ -188,7 +190,8 @@ class Tokenizer:
                     yield characters
                 continue
             if waiting:
-                yield "\ufffd"
+                if not (cut and i == self.EOS):
+                    yield "\ufffd"
                 waiting = b""
             if i >= _FIRST_PIECE:
                 yield self.pieces[i - _FIRST_PIECE]

@@ -213,10 +213,7 @@ def write_on(
             at_a_time = 2 * at_a_time if time.perf_counter() - began < _SECONDS_AT_A_TIME / 2 else (at_a_time + 1) // 2
         else:
             logits, uniforms = texts.read(going), chance.take(rows[going], written[going], 1)[:, 0]
-            if sampler.depends_on_text:
-                ids = sampler.choose(sampler.adjust(logits, texts, going), uniforms)
-            else:
-                ids = sampler.choose_at_once(logits, uniforms)
+            ids = sampler.choose_at_once(logits, texts, going, uniforms)
             if log_probabilities is not None:
                 log_probabilities[going] += log_softmax(logits)[np.arange(len(going)), ids]
             texts.write(going, ids)

@@ -77,6 +77,33 @@ def table_model(tokenizer, successors, context=48):
     return model
 
 
+_ENDS = [b"", b"\x80", b"\x80\x80", b"\xa0\x80", b"\x80\x80\x80", b"\x90\x80\x80"]
+
+
+def is_character(data: bytes) -> bool:
+    """Whether Python's own strict decoder makes one character of bytes."""
+    try:
+        return len(data.decode()) == 1
+    except UnicodeDecodeError:
+        return False
+
+
+def may_follow(data: bytes, byte: int) -> bool:
+    """Whether a byte after the beginning of a character makes another, or all of it."""
+    return any(is_character(data + bytes([byte]) + end) for end in _ENDS)
+
+
+def breaking_tokens(tokenizer, ids):
+    """The tokens after which a text would not be well-formed UTF-8, by Python's own decoder."""
+    data = b""
+    for i in ids[-3:]:
+        for byte in tokenizer.token_bytes(i):
+            data = data + bytes([byte]) if may_follow(data, byte) else bytes([byte]) if may_follow(b"", byte) else b""
+            data = b"" if is_character(data) else data
+    broken = [i for i in range(3, 259) if not may_follow(data, i - 3)]
+    return [*broken, tokenizer.EOS, *range(259, tokenizer.vocab_size)] if data else broken
+
+
 @pytest.fixture
 def tensorflow_log(caplog):
     """Collect what TensorFlow logs, of all functions that are traced often among it, whatever model they belong to."""

@@ -39,9 +39,9 @@ def compose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p):
 def choose(logits, uniforms, temperature=1.0, top_k=None, typical_p=None, top_p=None, min_p=None):
     shares = (np.float32(share) for share in (typical_p or 1, top_p or 1, min_p or 0))
     top_k = min(top_k or logits.shape[1], logits.shape[1])
-    bias = np.zeros(logits.shape[1], np.float32)
-    choosing = choice.Choosing(bias, 0, np.float32(temperature), top_k, *shares)
-    return choice.choose(logits.astype(np.float32), uniforms, choosing)
+    bias, after = np.zeros((8, logits.shape[1]), np.float32), np.zeros((8, logits.shape[1]), np.int8)
+    choosing = choice.Choosing(bias, after, 0, np.float32(temperature), top_k, *shares)
+    return choice.choose(logits.astype(np.float32), uniforms, np.zeros(len(logits), np.int64), choosing)
 
 
 def random_logits(kind, num_rows, vocab_size):
@@ -174,12 +174,14 @@ def test_bias_the_end_and_what_is_no_number():
     logits[4:, 200] = np.inf
     logits[5:, 201:] = -np.inf
     logits[6, :200] = np.inf
-    bias = np.zeros(300, np.float32)
-    bias[7], bias[8] = -np.inf, 30
+    bias = np.zeros((8, 300), np.float32)
+    bias[:, 7], bias[:, 8] = -np.inf, 30
     for temperature in (0, 1):
-        choosing = choice.Choosing(bias, 2, np.float32(temperature), 300, *map(np.float32, (1, 1, 0)))
+        choosing = choice.Choosing(
+            bias, np.zeros((8, 300), np.int8), 2, np.float32(temperature), 300, *map(np.float32, (1, 1, 0))
+        )
         for uniform in (0.0, 0.5, np.nextafter(1.0, 0.0)):
-            ids = choice.choose(logits, np.full(7, uniform), choosing)
+            ids = choice.choose(logits, np.full(7, uniform), np.zeros(7, np.int64), choosing)
             assert uniform != 0.5 or ids[[0, 1, 3]].tolist() == [8, 2, 8]
             assert (ids[[2, 4, 5, 6]] == choice.NO_NUMBER).all()
 
@@ -259,18 +261,22 @@ def test_models_of_any_depth_and_origin_run_the_same_compiled_code():
 def test_written_on_is_read_and_chosen_step_by_step(num_rows):
     weights = transformer_weights(2, context=12)
     shares = (np.float32(share) for share in (1, 0.9, 0))
-    bias = np.zeros(41, np.float32)
-    bias[3] = 12  # the end
-    choosing = choice.Choosing(bias, 3, np.float32(3), 30, *shares)
+    generator = np.random.default_rng(5)
+    bias = generator.normal(size=(8, 41)).astype(np.float32)
+    bias[:, 3] = 12  # the end
+    after = generator.integers(0, 8, (8, 41)).astype(np.int8)
+    choosing = choice.Choosing(bias, after, 3, np.float32(3), 30, *shares)
     rows, ids = np.arange(num_rows), np.random.default_rng(1).integers(4, 41, num_rows)
     uniforms = np.random.default_rng(3).random((num_rows, 11))
     at_once, step_by_step = (decoding.decoder(weights, num_rows, "numba") for _ in range(2))
-    written = at_once.write(rows, np.zeros(num_rows, np.int64), ids, uniforms, choosing)
+    pending = np.arange(num_rows)
+    written = at_once.write(rows, np.zeros(num_rows, np.int64), ids, pending, uniforms, choosing)
     for step in range(11):
         expected = np.full(num_rows, -1)
         if len(rows):
             logits = step_by_step.read(rows, np.full(len(rows), step), ids)
-            ids = expected[rows] = choice.choose(logits, uniforms[rows, step], choosing)
+            ids = expected[rows] = choice.choose(logits, uniforms[rows, step], pending, choosing)
+            pending = after[pending, ids].astype(np.int64)[ids != 3]
         assert written[:, step].tolist() == expected.tolist()
         rows, ids = rows[ids != 3], ids[ids != 3]
     lengths = (written >= 0).sum(1)

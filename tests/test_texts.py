@@ -155,7 +155,7 @@ def compiled_texts(num_positions):
     """A text of a decoder with a loop of its own, which writes 7, and the numbers of tokens that it was asked for."""
     asked = []
 
-    def write(rows, positions, ids, uniforms, choosing):
+    def write(rows, positions, ids, pending, uniforms, choosing):
         assert positions[0] + uniforms.shape[1] <= num_positions
         asked.append(uniforms.shape[1])
         return np.full(uniforms.shape, 7)
@@ -170,7 +170,10 @@ class AnySampler:
     def check_numbers(self, chosen):
         return chosen
 
-    def choose_at_once(self, logits, uniforms):
+    def pending(self, texts, rows):
+        return np.zeros(len(rows), np.int64)
+
+    def choose_at_once(self, logits, texts, rows, uniforms):
         return np.full(len(logits), 7)
 
 
