@@ -107,12 +107,12 @@ def _train(options) -> None:
 
 def _read_settings(file: Path) -> dict:
     """Read the settings of a run from its run.json, or from a JSON file of settings alone."""
-    from .files import read_text
+    from .files import from_json
     from .search_space import check_settings
 
     text = read_text(file)
     try:
-        content = json.loads(text)
+        content = from_json(text)
     except ValueError as error:
         raise ValueError(f"{file} must be JSON, but: {error}.") from None
     settings = content.get("settings", content) if isinstance(content, dict) else content
@@ -170,7 +170,7 @@ def _estimate(options) -> None:
     print(f"{num_tokens['train_tokens']:,} tokens to learn from, seen {passes:.3g} times in {steps:,} steps")
     print(describe(figures))
     if "hours" in figures and "watts" not in figures:
-        print("kilowatt hours: this system does not tell its power; name it with --watts")
+        print("energy: unknown, as this system does not tell its power; give it with --watts")
 
 
 def _tune(options) -> None:
@@ -302,16 +302,14 @@ def _name_unseen(tokenizer, prompts: list[str]) -> None:
 def _info(options) -> None:
     from .live import as_json, printable
     from .saving import read_run, versions
+    from .tables import lines_of
 
     told = read_run(options.folder) if options.folder else versions()
     if options.json:
         print(as_json(told, indent=1))
         return
-    for name, value in told.items():
-        inner = value.items() if isinstance(value, dict) else [("", value)]
-        for key, one in inner:
-            line = f"{f'{name} {key}'.strip().replace('_', ' '):34} {one}"
-            print(printable(line.encode("utf-8", "backslashreplace").decode()))
+    for line in lines_of(told):
+        print(printable(line.encode("utf-8", "backslashreplace").decode()))
 
 
 def _in_a_folder(run: Callable[[Path], None], name: str | None, default: str, is_unfinished) -> Path:

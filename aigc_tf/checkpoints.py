@@ -5,14 +5,13 @@ import os
 import re
 import shutil
 import textwrap
-import uuid
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from .files import rename
+from .files import beside, rename
 
 CHECKPOINTS = "checkpoints"  # the folder, in that of a run
 _FORMAT = {"format": "aigc_tf checkpoint", "version": 1}
@@ -53,16 +52,13 @@ def write_checkpoint(folder, step: int, arrays: dict[str, list[np.ndarray]], rec
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**_FORMAT, "numbers": {kind: len(values) for kind, values in arrays.items()}, **record})
     entries = {f"{kind}-{i}": values[i] for kind, values in arrays.items() for i in range(len(values))}
-    unfinished = folder / f".{uuid.uuid4().hex[:12]}-step.npz"
-    try:
+    with beside(folder / "step.npz") as unfinished:
         with open(unfinished, "wb") as file:
             np.savez(file, **{_RECORD: np.frombuffer(text.encode(), np.uint8)}, **entries)
             file.flush()
             os.fsync(file.fileno())
         path = folder / f"step-{step:010}-{_checksum(unfinished)}.npz"
         rename(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path
@@ -74,12 +70,6 @@ def delete_checkpoints(run_dir) -> None:
     What cannot be deleted stays, and does no harm: the same training, called again, is done at once.
     """
     shutil.rmtree(Path(run_dir, CHECKPOINTS), ignore_errors=True)
-
-
-def delete_unfinished(folder) -> None:
-    """Delete what killed processes had begun to write; for the one that has the folder locked."""
-    for path in Path(folder).glob(".*-step.npz"):
-        path.unlink()
 
 
 def read_newest(

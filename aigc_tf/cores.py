@@ -1,10 +1,11 @@
-"""Cores: how many cores of the processor this process may use."""
+"""Cores: how many cores of the processor this process may use, and the control groups that limit it."""
 
 import contextlib
 import math
 import os
 from pathlib import Path
 
+_PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -17,20 +18,38 @@ def usable_cores() -> int:
     return max(1, math.ceil(min(cores, _container_cores())))
 
 
-def _container_cores(root: Path = _CGROUP) -> float:
-    """Read how many cores the control groups of this process allow, infinity without a limit."""
+def control_groups(controller: str) -> set[Path]:
+    """Find the folders of this process's control groups and of all those around them, whose limits count too.
+
+    Args:
+        controller: what is limited, such as "cpu"; in version 1 each has its own groups.
+
+    Returns:
+        The folders of version 2 and of version 1; there need not be any.
+    """
     try:
-        groups = [line.split(":", 2)[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        groups = []
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    bases = {"": _CGROUP, controller: _CGROUP / controller}
+    folders = set(bases.values())  # in a container, where the paths may be those outside of it, its own group
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        for base in (bases[name] for name in controllers.split(",") if name in bases):
+            group = base / path.strip("/")
+            folders |= {folder for folder in (group, *group.parents) if folder.is_relative_to(base)}
+    return folders
+
+
+def _container_cores() -> float:
+    """Read how many cores the control groups of this process allow, infinity without a limit."""
     limits = [math.inf]
-    for group in {"", *groups}:
+    for folder in control_groups("cpu"):
         # The names of version 2 and of version 1.
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
-            quota, period = map(int, (root / group / "cpu.max").read_text().split())
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
             limits.append(quota / period)
         with contextlib.suppress(OSError, ValueError):
-            folder = root / "cpu" / group
             quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
             limits += [quota / period] if quota > 0 else []
     return min(limits)

@@ -2,10 +2,7 @@
 
 import bisect
 import hashlib
-import json
 import os
-import shutil
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .files import rename, write_json
+from .files import beside, from_json, rename, write_json
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # a store needs NumPy alone
@@ -55,8 +52,8 @@ def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, proces
     if path.exists():
         raise FileExistsError(f"{path} exists already. Name another folder, or delete it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with beside(path) as folder:
+        folder.mkdir()
         digest, num_tokens, num_documents = hashlib.sha256(), 0, 0
         with open(folder / _TOKENS, "wb") as file:
             for ids in encoded:
@@ -75,11 +72,7 @@ def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, proces
             "tokenizer": tokenizer.fingerprint,
         }
         write_json(folder / _MANIFEST, manifest)
-        os.chmod(folder, 0o755)  # mkdtemp's folder is for its maker's eyes alone
         rename(folder, path)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return open_store(path, tokenizer)
 
 
@@ -102,7 +95,7 @@ def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
     if not (path / _MANIFEST).is_file():
         raise FileNotFoundError(f"{path} is no token store: it has no {_MANIFEST}. Make one with make_store.")
     try:
-        manifest = json.loads((path / _MANIFEST).read_text("utf-8"))
+        manifest = from_json((path / _MANIFEST).read_text("utf-8"))
         if any(manifest.get(key) != value for key, value in _FORMAT.items()):
             raise ValueError(f"it must say {_FORMAT}")
         dtype, num_tokens, made_with = (manifest[key] for key in ("dtype", "tokens", "tokenizer"))

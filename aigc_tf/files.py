@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 import uuid
@@ -31,8 +32,11 @@ _KINDS = (
     (b"\xff\xfe", "UTF-16", _UTF16),
     (b"\xfe\xff", "UTF-16", _UTF16),
 )
+_DEEPEST = 100  # lists and dicts in one another; those of a model have about ten
+_TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
 LOCK = ".lock"
 _BESIDE = re.compile(r"\.[0-9a-f]{12}-")  # how names begin that are written to beside others
+_being_written: set[str] = set()  # those of them that threads of this process are writing to
 _held: dict[Path, tuple] = {}  # a folder that this process has locked -> the thread that did, and the file of the lock
 
 
@@ -56,6 +60,24 @@ def not_utf8(path, start: bytes, byte: int, offset: int) -> ValueError:
     )
 
 
+def from_json(text: str | bytes):
+    """Read JSON as `json.loads` does, and refuse what is nested so deep that functions which follow it would fail."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [inner for one in level if isinstance(one, dict | list) for inner in _inside(one)]
+        if not level:
+            return content
+    raise ValueError(_TOO_DEEP)
+
+
+def _inside(content: dict | list):
+    return content.values() if isinstance(content, dict) else content
+
+
 def shipped_file(name: str) -> Path:
     """Find a file of `data/`, both in an installed package and in a source checkout."""
     package = Path(__file__).parent
@@ -66,21 +88,40 @@ def shipped_file(name: str) -> Path:
 @contextlib.contextmanager
 def write_beside(path) -> Iterator[Path]:
     """Give a path to write to, and rename what was written to `path` only when all went well."""
+    with beside(path) as temporary:
+        yield temporary
+        sync(temporary)  # or a power failure after the renaming may leave an empty file of that name
+        rename(temporary, Path(path))
+
+
+@contextlib.contextmanager
+def beside(path) -> Iterator[Path]:
+    """Give a path beside `path` for a file or a folder to be renamed when it is whole; what stays there is deleted."""
     path = Path(path)
     # Of this writer alone, be it a process or a thread. The suffix stays last: Keras decides by it what to write.
     temporary = path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
+    _being_written.add(temporary.name)
     try:
         yield temporary
-        sync(temporary)  # or a power failure after the renaming may leave an empty file of that name
-        rename(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _being_written.discard(temporary.name)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
-def delete_unfinished(folder) -> None:
-    """Delete what killed processes had begun to write beside the files of a folder; for the one that has it locked."""
+def delete_leftovers(folder) -> None:
+    """Delete what killed processes had begun to write to a folder; for the one that has it locked.
+
+    What another thread of this process is writing there stays.
+    """
     for path in Path(folder).glob(".*-*"):
-        if _BESIDE.match(path.name) and path.is_file():
+        if not _BESIDE.match(path.name) or path.name in _being_written:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 
@@ -108,7 +149,8 @@ def rename(path: Path, new: Path) -> None:
 def locked(folder) -> Iterator[None]:
     """Keep a folder, which is made if need be, for this thread: others that lock it meanwhile get an error.
 
-    The system takes the lock back from a process that is killed. A folder made for it goes again if it stays empty.
+    The system takes the lock back from a process that is killed; what that had begun to write there is deleted now. A
+    folder made for the lock goes again if it stays empty.
 
     Raises:
         BlockingIOError: another process or thread has it; the message says which.
@@ -126,6 +168,7 @@ def locked(folder) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
         _held[key] = threading.get_ident(), file
+        delete_leftovers(folder)
         yield
     finally:
         _held.pop(key, None)

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .cores import control_groups
+
 _PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
 _POWERCAP = Path("/sys/class/powercap")
 
 
@@ -74,22 +75,11 @@ def gpu_watts() -> float | None:
     return sum(readings) if readings else None
 
 
-def _container_bytes(root: Path | None = None) -> float:
+def _container_bytes() -> float:
     """Read what the control groups of this process leave it, infinity without a limit."""
-    root = root or _CGROUP
-    try:
-        groups = [line.split(":", 2)[2].strip("/") for line in (_PROC / "self/cgroup").read_text().splitlines()]
-    except OSError:
-        groups = []
-    folders = {parent for group in ["", *groups] for parent in (root / group, *(root / group).parents)}
-    folders |= {root / "memory" / folder.relative_to(root) for folder in folders if folder.is_relative_to(root)}
-    left = [
-        _group_bytes(folder, *names)
-        for folder in folders
-        # The names of version 2 and of version 1.
-        for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-    ]
-    return min(left, default=float("inf"))
+    # The names of version 2 and of version 1.
+    names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+    return min(_group_bytes(folder, *pair) for folder in control_groups("memory") for pair in names)
 
 
 def _group_bytes(folder: Path, limit_name: str, used_name: str) -> float:

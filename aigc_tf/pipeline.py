@@ -20,8 +20,9 @@ from .generation import generate
 from .initialisation import initialise
 from .models import build
 from .optimization import check_optimization
-from .saving import add_to_run, delete_leftovers, has_run, save
+from .saving import add_to_run, has_run, save
 from .segmentation import as_user_dict, remove_stopwords
+from .tables import in_words, number
 from .text import MOST_CHARS, documents_sha256, split
 from .tokenizer import Tokenizer, usual_processes
 from .training import train
@@ -125,8 +126,6 @@ def run_pipeline(
     settings["seed"] = seed = as_seed(seed)
 
     with locked(folder) if is_first_host() else contextlib.nullcontext(), _tidied(folder):
-        if is_first_host():
-            delete_leftovers(folder)
         # 1. preprocess
         train_documents, valid_documents = split(documents, valid_fraction)
         num_chars = sum(map(len, documents))
@@ -209,7 +208,7 @@ def run_pipeline(
             show(describe_figure(name, value))
         show("bits per character of simpler models")
         for name, value in simpler.items():
-            show(describe_figure(f"  {_IN_WORDS.get(name, name)}", value))
+            show(describe_figure(f"  {in_words(name)}", value))
 
         # 6. predict
         sample = generate(language_model, tokenizer, max_new_tokens=context, seed=seed)
@@ -291,19 +290,9 @@ SETTINGS = {
 }
 
 
-_IN_WORDS = {
-    "perplexity": "perplexity per token",
-    "tokens": "tokens predicted",
-    "chars": "characters",
-    "uniform": "uniform over the vocabulary",
-    "frequency": "token frequencies",
-}
-
-
 def describe_figure(name: str, value: float) -> str:
-    """Write one figure as a line of a table, its name in words and with its unit."""
-    words = _IN_WORDS.get(name, name.replace("_per_char", " per character").replace("_", " "))
-    return f"{words:32}{value:14,.0f}" if value == int(value) else f"{words:32}{value:14,.4f}"
+    """Write one figure as a line of a table, its name in words."""
+    return f"{in_words(name):32}{number(value):>14}"
 
 
 def _show_nothing(line: str) -> None: ...

@@ -6,16 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from . import __version__
-from .files import delete_unfinished, rename, sync, write_json
+from .files import beside, from_json, rename, sync, write_json
 from .keras_internals import is_its_graph
 from .tokenizer import Tokenizer, check_vocabulary
 from .weights import LstmWeights, TransformerWeights, check_file, read_file
@@ -23,7 +21,6 @@ from .weights import LstmWeights, TransformerWeights, check_file, read_file
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
 _SAVING = ".saving"  # in a run folder, a folder of files that are whole, and on their way to their places
 _FORMAT = {"format": "aigc_tf run", "version": 1}
-_being_written: set[Path] = set()  # the folders of files that threads of this process are writing
 _LOOKS = 9  # at a run that is replaced meanwhile
 
 
@@ -61,9 +58,8 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{_SAVING}-", dir=path))
-    _being_written.add(folder)
-    try:
+    with beside(path / _SAVING) as folder:
+        folder.mkdir()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword")
             # The same graph as a model that was never compiled: no optimizer state in the file.
@@ -89,20 +85,6 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
                 if attempt == 99 or not (path / _SAVING).exists():
                     raise
         _finish_saving(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _being_written.discard(folder)
-
-
-def delete_leftovers(path) -> None:
-    """Delete what killed processes had begun to write to a run folder; for the one that has it locked.
-
-    What another thread of this process is saving there stays.
-    """
-    for folder in Path(path).glob(f"{_SAVING}-*"):
-        if folder not in _being_written:
-            shutil.rmtree(folder, ignore_errors=True)
-    delete_unfinished(path)
 
 
 def add_to_run(path, **record) -> None:
@@ -250,14 +232,14 @@ def read_run(path) -> dict:
         )
         raise FileNotFoundError(f"{path} is no run folder: there is no {file}. {way}.")
     try:
-        run = json.loads(file.read_text("utf-8"))
+        run = from_json(file.read_text("utf-8"))
         if any(run.get(key) != value for key, value in _FORMAT.items()):
             raise ValueError(f"it must say {_FORMAT}")
         hashes = run.get("sha256")
         if not isinstance(hashes, dict) or set(hashes) != {_MODEL, _TOKENIZER}:
             raise ValueError(f"its sha256 must tell of {_MODEL} and {_TOKENIZER}, and of nothing else")
         _check_settings(run.get("settings", {}))
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read by this version: {error}.") from None
     return run
 

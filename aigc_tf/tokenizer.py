@@ -13,7 +13,7 @@ import numpy as np
 
 from .chunks import map_chunks
 from .cores import usable_cores
-from .files import write_json
+from .files import from_json, write_json
 from .keras_internals import gives_by_name, takes_by_name
 from .segmentation import as_user_dict, is_rust, segmenter
 from .text import check_documents
@@ -231,14 +231,14 @@ class Tokenizer:
             ValueError: the file is no tokenizer of this version.
         """
         try:
-            state = json.loads(Path(path).read_text("utf-8"))
+            state = from_json(Path(path).read_text("utf-8"))
             if any(state.get(key) != value for key, value in _FORMAT.items()):
                 raise ValueError(f"it must say {_FORMAT}")
             for name in ("pieces", "user_dict"):
                 if not isinstance(state[name], list) or not all(isinstance(text, str) for text in state[name]):
                     raise ValueError(f"its {name} must be a list of texts")
             return cls(state["pieces"], state["unit"], tuple(state["user_dict"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a tokenizer that this version can read: {error}.") from None
 
     def _as_dict(self) -> dict:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .dataset import as_seed
 from .devices import tf
-from .files import locked, write_json
+from .files import from_json, locked, write_json
 from .pipeline import run_pipeline
 from .saving import read_run
 from .search_space import TYPES, check_space
@@ -110,7 +110,7 @@ def tune(
         records = _read_records(folder, search)
         _keep_best(folder, records)
         if records:
-            show(f"{_counted(records)} of an earlier call, kept in {folder}", flush=True)
+            show(f"{_counted(records)} kept in {folder} from an earlier call", flush=True)
         try:
             while (trials is None or len(records) < trials) and not _is_hopeless(records):
                 settings = _propose(space, records, seed)
@@ -124,13 +124,13 @@ def tune(
                 if minutes is not None and time.monotonic() - began >= 60 * minutes:
                     break
         except KeyboardInterrupt:
-            show(f"stopped; {_counted(records)} kept in {folder}, and the same call goes on", flush=True)
+            show(f"stopped; {_counted(records)} kept in {folder}, and the same call continues the search", flush=True)
             raise
         shutil.rmtree(folder / _TEXT, ignore_errors=True)
     if _best(records) is None:
         raise ValueError(
-            f"All {len(records)} trials failed, the last one so: {records[-1]['error']} "
-            "Search another space, in another folder."
+            f"{'The only trial' if len(records) == 1 else f'All {len(records)} trials'} failed. "
+            f"The last error was: {records[-1]['error']} Search another space, in another folder."
         )
     return sorted(records, key=_rank)
 
@@ -285,7 +285,7 @@ def _read_records(folder: Path, search: dict) -> list[dict]:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, {**search, "trials": []})
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = from_json(file.read_text("utf-8"))
         records = found["trials"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is damaged. Name another folder.") from None

@@ -7,13 +7,14 @@ without Keras. Whatever is set in it must be what is set in ours: a setting that
 import contextlib
 import dataclasses
 import io
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from .files import from_json
 
 # What may be set in a layer that `models.py` makes, by its class: all that makes a difference to its results.
 _SETTINGS = {
@@ -251,9 +252,9 @@ def _opened(path) -> Iterator:
         if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
             raise ValueError(f"{path} is refused: it is compressed, which Keras never does.")
         try:
-            config = json.loads(archive.read("config.json")).get("config", {})
+            config = from_json(archive.read("config.json")).get("config", {})
             file = h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r")
-        except (KeyError, AttributeError, ValueError, RecursionError, OSError) as error:
+        except (KeyError, AttributeError, ValueError, OSError) as error:
             raise ValueError(f"{path} is no model file: {error}.") from None
         with file:
             yield config, file

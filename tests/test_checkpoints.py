@@ -287,6 +287,15 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(build, document
         assert all(np.isfinite(value).all() for value in values)
 
 
+def test_what_a_kill_left_half_written_is_gone_after_the_next_training(build, documents, tokenizer, tmp_path):
+    leftovers = [tmp_path / ".0123456789ab-run.json", tmp_path / "checkpoints" / ".0123456789ab-step.npz"]
+    (tmp_path / "checkpoints").mkdir()
+    for path in leftovers:
+        path.touch()
+    run(build, documents, tokenizer, tmp_path, steps=1, validations=1)
+    assert not any(path.exists() for path in leftovers)
+
+
 def test_checkpoints_come_by_the_minute(build, documents, tokenizer, tmp_path):
     settings = {"checkpoint_steps": None, "keep_checkpoints": 99, "steps": 3, "validations": 1}
     run(build, documents, tokenizer, tmp_path / "seldom", **settings)

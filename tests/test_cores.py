@@ -20,6 +20,20 @@ def test_cores_are_counted_by_what_this_process_may_use(monkeypatch):
     assert usable_cores() == 1
 
 
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """Write files of a system's /proc and /sys/fs/cgroup."""
+    monkeypatch.setattr(cores, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(cores, "_CGROUP", tmp_path / "cgroup")
+
+    def write(files):
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content)
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("files", "allowed"),
     [
@@ -30,8 +44,20 @@ def test_cores_are_counted_by_what_this_process_may_use(monkeypatch):
         ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
     ],
 )
-def test_a_container_s_limit_is_read(tmp_path, files, allowed):
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(content)
-    assert cores._container_cores(tmp_path) == allowed
+def test_a_container_s_limit_is_read(system, files, allowed):
+    system({f"cgroup/{name}": content for name, content in files.items()})
+    assert cores._container_cores() == allowed
+
+
+def test_limits_of_the_groups_around_it_count_too(system):
+    system({"proc/self/cgroup": "0::/pod/a:b\n", "cgroup/pod/cpu.max": "150000 100000\n"})
+    assert cores._container_cores() == 1.5
+    system({"cgroup/pod/a:b/cpu.max": "50000 100000\n"})
+    assert cores._container_cores() == 0.5
+
+
+def test_in_version_1_groups_are_those_of_the_controller(system):
+    system({"proc/self/cgroup": "4:memory:/other\n3:cpu,cpuacct:/pod/a\n"})
+    for group, quota in (("other", 50_000), ("pod", 150_000)):
+        system({f"cgroup/cpu/{group}/cpu.cfs_{n}_us": str(us) for n, us in (("quota", quota), ("period", 100_000))})
+    assert cores._container_cores() == 1.5

@@ -4,7 +4,7 @@ import random
 import pytest
 from conftest import message_of
 
-from aigc_tf import devices, estimate, estimation, hardware, memory_warning
+from aigc_tf import cores, devices, estimate, estimation, hardware, memory_warning
 from aigc_tf.estimation import describe
 from aigc_tf.hardware import _container_bytes, available_bytes, gpu_watts, process_bytes, processor_joules
 from aigc_tf.models import build
@@ -114,8 +114,9 @@ def test_the_warning_names_a_change_that_helps():
 @pytest.fixture
 def proc(tmp_path, monkeypatch):
     """A /proc to write, with no control groups."""
-    monkeypatch.setattr(hardware, "_PROC", tmp_path / "proc")
-    monkeypatch.setattr(hardware, "_CGROUP", tmp_path / "cgroup")
+    for module in (hardware, cores):
+        monkeypatch.setattr(module, "_PROC", tmp_path / "proc")
+    monkeypatch.setattr(cores, "_CGROUP", tmp_path / "cgroup")
     (tmp_path / "proc" / "self").mkdir(parents=True)
     return tmp_path / "proc"
 
@@ -168,22 +169,32 @@ def test_the_gpu_is_asked_through_its_driver(tmp_path, proc, monkeypatch):
 @pytest.mark.parametrize(
     "names", [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")]
 )
-def test_a_container_s_limit_is_known(tmp_path, names):
-    folder = tmp_path if names[0] == "memory.max" else tmp_path / "memory"
-    folder.mkdir(exist_ok=True)
+def test_a_container_s_limit_is_known(tmp_path, proc, names):
+    folder = tmp_path / "cgroup" if names[0] == "memory.max" else tmp_path / "cgroup/memory"
+    folder.mkdir(parents=True)
     for name, text in zip((*names, "memory.stat"), ("1000", "300", "anon 200\ninactive_file 100\n"), strict=True):
         (folder / name).write_text(text)
-    assert _container_bytes(tmp_path) == 800
+    assert _container_bytes() == 800
+    (proc / "self" / "cgroup").write_text("4:memory:/pod\n0::/pod\n")
+    assert _container_bytes() == 800
     (folder / names[0]).write_text("max")
-    assert _container_bytes(tmp_path) == float("inf")
+    assert _container_bytes() == float("inf")
 
 
 def test_the_table_has_units():
     table = describe({"parameters": 124439808.0, "peak_memory_bytes": 3.21e9, "hours": 1.5, "train_flops": 7e15})
-    assert [line.split(maxsplit=1)[0] for line in table.splitlines()] == ["parameters", "peak", "hours", "train"]
-    for text in ("124 M", "3.21 GB", "1.5", "7 P"):
-        assert text in table
-    assert describe({"parameters": 999_999}).split() == ["parameters", "1", "M"]
+    rows = [line.split(maxsplit=2) for line in table.splitlines()]
+    assert rows == [
+        ["parameters", "124,439,808"],
+        ["peak", "memory", "3.21 GB"],
+        ["total", "time", "90 min"],
+        ["whole", "training", "7 PFLOPs"],
+    ]
+    assert describe({"weights_bytes": 999_999}).split() == ["weights", "1", "MB"]
+    assert describe({"num_candidates": 0.0, "validation_hours": 3.81e-05}).split("\n") == [
+        "tokens in the softmax                      all",
+        "validation time                         137 ms",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,18 @@ def test_a_folder_is_locked_for_others_and_not_for_its_owner(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["a.txt"]
 
 
+def test_what_killed_processes_had_begun_to_write_is_deleted_by_the_next_that_locks(tmp_path):
+    (tmp_path / ".0123456789ab-log.csv").touch()
+    (tmp_path / ".0123456789ac-.saving").mkdir()
+    (tmp_path / ".0123456789ac-.saving" / "model.keras").touch()
+    (tmp_path / ".my-notes").touch()
+    with write_beside(tmp_path / "a.txt") as temporary:  # as another thread may
+        temporary.write_text("春", "utf-8")
+        with locked(tmp_path):
+            assert {path.name for path in tmp_path.iterdir()} == {".lock", ".my-notes", temporary.name}
+    assert (tmp_path / "a.txt").read_text("utf-8") == "春"
+
+
 HOLD = """
 import sys, time
 from aigc_tf.files import locked

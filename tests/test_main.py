@@ -199,7 +199,7 @@ def test_estimate_tells_costs_and_the_way_to_power(corpus, capsys):
     small = "--num-layers 1 --hidden-dim 16 --context 16 --steps 60 --valid-fraction 0.2".split()
     assert main(["estimate", str(corpus), *small, "--seconds", "0.2", "--watts", "50"]) == 0
     out = capsys.readouterr().out
-    for name in ("parameters", "peak memory", "hours", "kilowatt hours"):
+    for name in ("parameters", "peak memory", "total time", "energy"):
         assert re.search(rf"^{name} +\S", out, re.MULTILINE), name
     assert main(["estimate", str(corpus), "--size", "base", "--batch-size", "100000", "--seconds", "0"]) == 0
     assert "warning: This training needs about" in capsys.readouterr().out
@@ -400,7 +400,10 @@ assert not {{"tensorflow", "keras", "jax", "numba"}} & set(sys.modules)
 
 def test_info_is_a_table_or_json(run_folder, capsys):
     assert main(["info", str(run_folder)]) == 0
-    assert re.search(r"^settings steps +4$", capsys.readouterr().out, re.MULTILINE)
+    out = capsys.readouterr().out
+    assert re.search(r"^settings\n(  .*\n)*  steps +4\n", out, re.MULTILINE)
+    assert re.search(r"^  bits per character +\d+\.\d{4}$", out, re.MULTILINE)
+    assert "_" not in re.sub("aigc_tf", "", out)
     assert main(["info", str(run_folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["steps"] == 4
     assert main(["info", "--json"]) == 0

@@ -29,7 +29,8 @@ from aigc_tf import (
     train,
 )
 from aigc_tf.devices import keras
-from aigc_tf.saving import add_to_run, delete_leftovers
+from aigc_tf.files import delete_leftovers
+from aigc_tf.saving import add_to_run
 from aigc_tf.weights import LstmWeights, TransformerWeights
 
 
@@ -170,8 +171,33 @@ def test_what_another_thread_is_saving_is_no_leftover(trained, tokenizer, tmp_pa
     write = aigc_tf.saving.sync
     monkeypatch.setattr("aigc_tf.saving.sync", lambda file: (delete_leftovers(tmp_path), write(file)))
     save(tmp_path, trained, tokenizer)
-    assert not list(tmp_path.glob(".saving*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"model.keras", "run.json", "tokenizer.json"}
     load(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["config", "inbound_nodes"])
+def test_a_model_file_that_is_nested_deep_is_refused_in_a_line(trained, tokenizer, tmp_path, where):
+    save(tmp_path, trained, tokenizer)
+    file = tmp_path / "model.keras"
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    config = json.loads(content["config.json"])
+    deep = {}
+    for _ in range(600):
+        deep = {"a": deep}
+    layer = config["config"]["layers"][-1]
+    layer[where] = {**layer[where], "a": deep} if where == "config" else [*layer[where], deep]
+    content["config.json"] = json.dumps(config)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    run = read_run(tmp_path)
+    run["sha256"]["model.keras"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    for read in (load, load_writer):
+        assert "nested more than 100 levels deep" in message_of(ValueError, read, tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({**run, "figures": deep}))
+    assert "nested more than 100 levels deep" in message_of(ValueError, read_run, tmp_path)
 
 
 def test_two_threads_save_to_one_folder(trained, tokenizer, tmp_path):

@@ -137,7 +137,7 @@ def test_when_all_trials_fail_the_reason_is_told(documents, tmp_path):
     space, fixed = {"hidden_dim": [7, 9]}, {**SMALL, "model": "transformer", "num_heads": 2}
     del fixed["hidden_dim"]
     message = message_of(ValueError, tune, documents, tmp_path / "search", space, trials=3, progress=False, **fixed)
-    assert "All 2 trials failed" in message
+    assert "All 2 trials failed. The last error was: " in message
     assert "multiple of num_heads" in message
 
 

@@ -1,0 +1,94 @@
+"""Tables: names, figures and settings as a reader has them, in words, with units and no more digits than matter."""
+
+import math
+
+_WORDS = {
+    "aigc_tf": "aigc_tf",
+    "chars": "characters",
+    "frequency": "token frequencies",
+    "hidden_dim": "hidden dimension",
+    "num_candidates": "softmax candidates",
+    "num_heads": "attention heads",
+    "num_layers": "layers",
+    "num_microbatches": "microbatches",
+    "perplexity": "perplexity per token",
+    "tokens": "tokens predicted",
+    "uniform": "uniform over the vocabulary",
+    "valid_fraction": "held-out fraction",
+    "vocab_size": "vocabulary size",
+}
+
+
+def in_words(name: str) -> str:
+    """Return the name of a figure or a setting in words."""
+    return _WORDS.get(name, name.replace("_per_char", " per character").replace("_", " "))
+
+
+def number(value: float) -> str:
+    """Write a number: a whole one as it is, another to four digits after the point, or that count.
+
+    Example:
+        >>> number(22084.0), number(7.251795), number(0.0040012345)
+        ('22,084', '7.2518', '0.004001')
+    """
+    if float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:,.4f}" if abs(value) >= 1 else f"{value:.4g}"
+
+
+def scaled(value: float) -> str:
+    """Write a number to three digits, with the prefix of a unit to follow.
+
+    Example:
+        >>> scaled(4_440_000) + "B"
+        '4.44 MB'
+    """
+    value = float(f"{value:.3g}")  # first, or 999,999 would be 1000 k
+    power = min(int(math.log10(max(value, 1)) // 3), 6)
+    return f"{value / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}"
+
+
+def duration(seconds: float) -> str:
+    """Write a time in the unit that suits it.
+
+    Example:
+        >>> duration(0.0123), duration(75), duration(600), duration(9000), duration(400_000)
+        ('12.3 ms', '75 s', '10 min', '2.5 h', '4.63 days')
+    """
+    for unit, size, until in (("ms", 1e-3, 1), ("s", 1, 100), ("min", 60, 6000), ("h", 3600, 48 * 3600)):
+        if seconds < until:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{float(f'{seconds / 86400:.3g}'):,.12g} days"
+
+
+def lines_of(told: dict) -> list[str]:
+    """Write what a run folder tells as the lines of a table; what belongs together is indented."""
+    lines = []
+    for name, value in told.items():
+        if isinstance(value, dict):
+            lines.append(in_words(name))
+            lines += [_line(f"  {in_words(key)}", _shown(one, name == "settings")) for key, one in value.items()]
+        else:
+            lines.append(_line(in_words(name), _shown(value, True)))
+    return lines
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:33} " + text.replace("\n", "\n" + 34 * " ")
+
+
+def _shown(value, is_setting: bool) -> str:
+    """Write a value; settings as they can be typed again."""
+    if value is None:
+        return "default" if is_setting else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and is_setting:
+        return f"{value:.6g}"
+    if isinstance(value, int | float):
+        return str(value) if is_setting else number(value)
+    if isinstance(value, list):
+        return ", ".join(_shown(one, is_setting) for one in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_shown(one, is_setting)}" for key, one in value.items()) or "none"
+    return str(value)
