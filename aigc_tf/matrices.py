@@ -143,7 +143,7 @@ dot = _sums_of_products(1, 1, lanes=64)
 _four_times_two = _sums_of_products(4, 2, lanes=16)  # eight sums, and what they share, fit the registers
 
 
-@compiled(fastmath=True)
+@compiled(fastmath=True, inline="always")
 def round_vector(vector, rounded):
     """Put a vector of floats into one of `int16`, which is as long or longer, and return its scale.
 
