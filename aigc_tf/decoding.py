@@ -76,7 +76,7 @@ def _positions(weights) -> int | None:
 
 _COMPARED = 16  # tokens
 
-_read_before = weakref.WeakKeyDictionary()  # model -> a watch over its variables, and the weights made of them
+_read_before = weakref.WeakKeyDictionary()  # model -> its layers' settings, a watch over its variables, its weights
 _reading = threading.Lock()  # on JAX a model that two threads compute at once has given its state away to one of them
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_reading.acquire, after_in_parent=_reading.release, after_in_child=_reading.release)
@@ -93,12 +93,17 @@ def model_weights(model) -> TransformerWeights | LstmWeights | None:
 
 
 def _watched_weights(model) -> TransformerWeights | LstmWeights | None:
-    from .variables import Watch
+    from .variables import Settings, Watch
 
-    watch, weights = _read_before.get(model, (None, None))
-    if watch is not None and watch.is_current(model):
+    settings, watch, weights = _read_before.get(model, (None, None, None))
+    is_new = settings is None or not settings.is_current(model)
+    if not is_new and watch.is_current(model):
         return weights
-    is_new, watch = watch is None, Watch(model)
+    if is_new and settings is not None:
+        from .distribution import forget_compiled
+
+        forget_compiled(model)
+    settings, watch = Settings(model), Watch(model)
     try:
         config = json.loads(json.dumps(model.get_config()))
     except (NotImplementedError, TypeError):  # a layer of the user's cannot tell its configuration, or not as JSON
@@ -111,7 +116,7 @@ def _watched_weights(model) -> TransformerWeights | LstmWeights | None:
             stacklevel=3,
         )
         weights = None
-    _read_before[model] = watch, weights
+    _read_before[model] = settings, watch, weights
     return weights
 
 

@@ -212,6 +212,12 @@ def predict(model: keras.Model, inputs) -> np.ndarray:
     return model.predict_on_batch(inputs)[: len(inputs[0] if isinstance(inputs, list) else inputs)]
 
 
+def forget_compiled(model: keras.Model) -> None:
+    """Let the next `predict` compile a model anew, as the settings of its layers have changed."""
+    model.predict_function = None
+    _jax_functions.pop(model, None)
+
+
 _jax_functions = weakref.WeakKeyDictionary()
 
 

@@ -9,6 +9,11 @@ def source_of(tensor):
     return operation._inbound_nodes[node]
 
 
+def inner_layers(model) -> list:
+    """Return the layers of a model that are Keras' own, and those that they are made of."""
+    return [layer for layer in model._flatten_layers(include_self=False) if is_keras_own(layer)]
+
+
 def is_masked(tensor) -> bool:
     """Tell whether a tensor has a mask, which layers pass on with it."""
     return getattr(tensor, "_keras_mask", None) is not None

@@ -1,8 +1,44 @@
-"""Variables: whether those of a Keras model are what they were, told without comparing or moving them where it can."""
+"""Variables: whether those of a Keras model are what they were, told without comparing or moving them where it can.
+
+And whether the settings of its layers are, such as an activation.
+"""
+
+import operator
+import types
 
 import numpy as np
 
 from .devices import keras, tf
+from .keras_internals import inner_layers
+
+_NOTED_IN_A_CALL = ("_called", "_parent_path")  # by a layer the first time, and no settings
+
+
+class Settings:
+    """The plain attributes of all layers of Keras at one time, and whether they are the same at another."""
+
+    def __init__(self, model: keras.Model):
+        self._layers = [_plain_attributes(layer) for layer in inner_layers(model)]
+
+    def is_current(self, model: keras.Model) -> bool:
+        """Tell whether the layers have the same attributes, and the very values of those that are plain."""
+        layers = inner_layers(model)
+        return len(layers) == len(self._layers) and all(
+            names <= vars(layer).keys() and all(map(operator.is_, read(vars(layer)), values))
+            for layer, (names, read, values) in zip(layers, self._layers, strict=True)
+        )
+
+
+def _plain_attributes(layer) -> tuple:
+    # Others are not kept: some of them would keep the model alive.
+    plain = {name: value for name, value in vars(layer).items() if _is_plain(value) and name not in _NOTED_IN_A_CALL}
+    read = operator.itemgetter(*plain, "name", "name")  # a tuple, however few they are
+    return plain.keys(), read, read(vars(layer))
+
+
+def _is_plain(value) -> bool:
+    is_function = isinstance(value, types.FunctionType) and value.__closure__ is None
+    return is_function or value is None or isinstance(value, bool | int | float | str)
 
 
 class Watch:

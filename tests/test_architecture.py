@@ -39,7 +39,7 @@ ALLOWED = {
     "weights": {"files"},
     "choice": {"compilation", "matrices", "numba_tools"},
     "kernels": {"choice", "compilation", "cores", "matrices", "numba_tools", "weights"},
-    "variables": {"devices"},
+    "variables": {"devices", "keras_internals"},
     "decoding": {"distribution", "kernels", "keras_internals", "ngram", "variables", "weights"},
     "evaluation": {
         "dataset", "decoding", "devices", "distribution", "ngram", "sampling", "text", "tokenizer", "weights",

@@ -1,10 +1,11 @@
+import gc
 import json
 
 import numpy as np
 import pytest
 from conftest import spread
 
-from aigc_tf import decoding, generate, generate_batch, load, lstm, save
+from aigc_tf import decoding, generate, generate_batch, load, lstm, save, transformer
 from aigc_tf.devices import keras
 from aigc_tf.weights import read_weights
 
@@ -220,6 +221,40 @@ def test_each_way_to_change_a_variable_is_noticed(build, tmp_path):
         after = decoding.model_weights(model)
         assert after is not before
         np.testing.assert_array_equal(after.token_embedding, np.asarray(model.get_layer("token_embedding").weights[0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [("Dense", "activation", keras.activations.relu), ("LayerNormalization", "epsilon", 0.5)],
+)
+def test_a_setting_of_a_layer_that_changes_is_noticed(tokenizer, kind, name, value):
+    model = spread(transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8))
+    ids = np.arange(T)[None]
+
+    def logits():
+        return decoding.decoder(model, 1, "numpy").read(*np.array([[0] * T, range(T), ids[0]]))[0]
+
+    before = logits()
+    np.testing.assert_allclose(before, np.array(model(ids))[0, -1], atol=1e-4)
+    weights = decoding.model_weights(model)
+    assert decoding.model_weights(model) is weights
+    layer = next(layer for layer in model.layers if type(layer).__name__ == kind)
+    old = getattr(layer, name)
+    setattr(layer, name, value)
+    after = logits()
+    np.testing.assert_allclose(after, np.array(model(ids))[0, -1], atol=1e-4)
+    assert np.abs(after - before).max() > 1e-3
+    setattr(layer, name, old)
+    np.testing.assert_allclose(logits(), before, atol=1e-6)
+
+
+def test_what_is_known_of_a_model_does_not_keep_it_alive(tokenizer):
+    model = transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8)
+    decoding.model_weights(model)
+    known = len(decoding._read_before)
+    del model
+    gc.collect()
+    assert len(decoding._read_before) < known
 
 
 def test_values_are_compared_where_they_are(build):
