@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import spread
+from conftest import breaking_tokens, spread
 
 from aigc_tf import decoding, generate, generate_batch, load, lstm, save, transformer
 from aigc_tf.devices import keras
@@ -77,11 +77,11 @@ def greedy(model, tokenizer, prompt, max_new_tokens, window):
         seen = window(ids)
         logits = np.array(model.predict_on_batch(np.array([seen + [0] * (model.input_shape[1] - len(seen))])))
         logits = logits[0, len(seen) - 1]
-        logits[[tokenizer.PAD, tokenizer.BOS]] = -np.inf
+        logits[[tokenizer.PAD, tokenizer.BOS, *breaking_tokens(tokenizer, ids)]] = -np.inf
         if logits.argmax() == tokenizer.EOS:
             break
         ids.append(int(logits.argmax()))
-    return prompt + tokenizer.decode(ids[first:])
+    return prompt + "".join(tokenizer.decode_stream(ids[first:], cut=True))
 
 
 class Halves:

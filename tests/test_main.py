@@ -249,7 +249,7 @@ def written(capsys, run_folder, *arguments):
         ("--no-repeat-ngram 1 --top-k 20", {"no_repeat_ngram": 1, "top_k": 20}),
         ("--ban 白日 --ban 月 --frequency-penalty -9", {"banned": ["白日", "月"], "frequency_penalty": -9.0}),
         ("--force 明月 --force 龘", {"forced": ["明月", "龘"]}),
-        ("--best-of 4", {"best_of": 4}),
+        ("--best-of 9", {"best_of": 9}),
         ("--num-beams 3", {"num_beams": 3}),
         ("--num-beams 3 --length-penalty -3", {"num_beams": 3, "length_penalty": -3.0}),
     ],
