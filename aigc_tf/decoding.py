@@ -93,7 +93,7 @@ def model_weights(model) -> TransformerWeights | LstmWeights | None:
 
 
 def _watched_weights(model) -> TransformerWeights | LstmWeights | None:
-    from .variables import Settings, Watch
+    from .variables import LayerSettings, Watch
 
     settings, watch, weights = _read_before.get(model, (None, None, None))
     is_new = settings is None or not settings.is_current(model)
@@ -103,7 +103,7 @@ def _watched_weights(model) -> TransformerWeights | LstmWeights | None:
         from .distribution import forget_compiled
 
         forget_compiled(model)
-    settings, watch = Settings(model), Watch(model)
+    settings, watch = LayerSettings(model), Watch(model)
     try:
         config = json.loads(json.dumps(model.get_config()))
     except (NotImplementedError, TypeError):  # a layer of the user's cannot tell its configuration, or not as JSON

@@ -14,7 +14,7 @@ from .keras_internals import inner_layers
 _NOTED_IN_A_CALL = ("_called", "_parent_path")  # by a layer the first time, and no settings
 
 
-class Settings:
+class LayerSettings:
     """The plain attributes of all layers of Keras at one time, and whether they are the same at another."""
 
     def __init__(self, model: keras.Model):

@@ -229,7 +229,7 @@ def write_on(
 def _until(stop: list[bytes], ids: Iterable[int], tokenizer) -> Iterator[int]:
     """Give the tokens of a text until one of some strings comes, and hold back those that may begin one.
 
-    In bytes, as texts stop: U+FFFD stops where it was written itself, not where it is shown instead of broken UTF-8.
+    In bytes, as a character may be spelt in several tokens.
     """
     held, data = [], b""
     for i in ids:
