@@ -18,6 +18,7 @@ from .keras_internals import (
     attention_dropout,
     attention_problem,
     has_masks,
+    inner_layers,
     is_keras_own,
     is_masked,
     source_of,
@@ -46,6 +47,7 @@ def fast_training(model: keras.Model, num_tokens: float) -> Iterator[tuple[keras
             yield model, []
             return
         problem = passes_problem(model)
+        lacking = not problem and _lacking(model)
         trained = fast_model(model, with_passes=problem is None)
         is_worth_fusing = 6 * model.count_params() * num_tokens > _OPERATIONS_WORTH_FUSING
         with fused() if is_worth_fusing and problem else contextlib.nullcontext() as is_fused:
@@ -54,6 +56,7 @@ def fast_training(model: keras.Model, num_tokens: float) -> Iterator[tuple[keras
                 "elementwise operations in passes compiled by numba": not problem,
                 "elementwise operations fused by XLA": is_fused,
                 f"elementwise operations by TensorFlow ({problem})": problem and not is_fused,
+                f"attention or the optimizer as Keras has it ({lacking})": lacking,
             }
             try:
                 yield trained, [words for words, is_so in methods.items() if is_so]
@@ -74,6 +77,15 @@ def passes_problem(model: keras.Model) -> str | None:
     if has_masks(model):
         return "a layer passes on a mask"
     return numba_problem()
+
+
+def _lacking(model) -> str | None:
+    """Tell what a model's attention or optimizer lacks of what passes use of Keras beyond its public interface."""
+    attentions = (layer for layer in inner_layers(model) if type(layer) is keras.layers.MultiHeadAttention)
+    problems = [attention_problem(layer) for layer in attentions]
+    if type(model.optimizer) is keras.optimizers.AdamW:
+        problems.append(adamw_problem(model.optimizer))
+    return next(filter(None, problems), None)
 
 
 def _is_graph(model) -> bool:

@@ -74,6 +74,11 @@ def adamw_problem(optimizer) -> str | None:
     return problem
 
 
+def clipping_problem(optimizer) -> str | None:
+    """Tell what an optimizer lacks for a class derived from its own to change how it clips; None if nothing."""
+    return _lacks(optimizer, ("_clip_gradients",))
+
+
 def _lacks(thing, names: tuple[str, ...]) -> str | None:
     missing = [name for name in names if not hasattr(thing, name)]
     return f"{type(thing).__name__} lacks {', '.join(missing)}" if missing else None

@@ -4,6 +4,7 @@ import math
 
 from .devices import keras, tf
 from .distribution import num_replicas
+from .keras_internals import clipping_problem
 
 _WARMUP, _DECAY = 0.05, 0.3  # shares of the steps
 
@@ -53,6 +54,11 @@ def adamw(schedule, weight_decay: float, clip_norm: float | None, num_microbatch
         settings["gradient_accumulation_steps"] = num_microbatches
     is_shared = keras.backend.backend() == "tensorflow" and num_replicas() > 1
     optimizer = (ClippedTogether if is_shared else keras.optimizers.AdamW)(schedule, **settings)
+    if is_shared and clip_norm and (problem := clipping_problem(optimizer)):
+        raise RuntimeError(
+            f"The gradients of several devices cannot be clipped together with this Keras: {problem}. Train on one "
+            "device, without clip_norm, or with another version of Keras."
+        )
     # By name, since the biases of attention have two axes. TensorFlow's names end with ":0".
     optimizer.exclude_from_weight_decay(var_names=["(bias|gamma|beta)(:0)?$"])
     return optimizer

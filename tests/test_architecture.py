@@ -52,7 +52,7 @@ ALLOWED = {
     "candidates": {"devices", "keras_internals", "sizes"},
     "checkpoints": {"files"},
     "course": {"checkpoints", "devices", "distribution", "evaluation", "files", "live"},
-    "optimization": {"devices", "distribution"},
+    "optimization": {"devices", "distribution", "keras_internals"},
     "training": {
         "candidates", "course", "devices", "distribution", "fast_training", "files", "optimization", "text",
         "tokenizer",

@@ -225,8 +225,13 @@ def test_each_way_to_change_a_variable_is_noticed(build, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
-    [("Dense", "activation", keras.activations.relu), ("LayerNormalization", "epsilon", 0.5)],
+    [
+        ("Dense", "activation", keras.activations.relu),
+        ("LayerNormalization", "epsilon", 0.5),
+        ("MultiHeadAttention", "_inverse_sqrt_key_dim", 2.0),  # which no configuration tells
+    ],
 )
+@pytest.mark.filterwarnings("ignore:The model has the layers and settings of one of ours")
 def test_a_setting_of_a_layer_that_changes_is_noticed(tokenizer, kind, name, value):
     model = spread(transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8))
     ids = np.arange(T)[None]

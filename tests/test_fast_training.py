@@ -227,6 +227,19 @@ def test_without_numba_it_says_so_and_xla_fuses_long_trainings(monkeypatch):
         assert methods == [LOOP, FUSED]
 
 
+def test_it_says_what_keras_lacks_for_the_fast_way(monkeypatch):
+    monkeypatch.setattr(module, "attention_problem", lambda layer: "MultiHeadAttention lacks query_dense")
+    words = "attention or the optimizer as Keras has it ({} lacks {})"
+    with fast_training(built("transformer"), 1) as (_, methods):
+        assert methods == [PASSES, words.format("MultiHeadAttention", "query_dense")]
+    with fast_training(built("lstm"), 1) as (_, methods):
+        assert methods == [LOOP, PASSES]
+    monkeypatch.setattr(module, "adamw_problem", lambda optimizer: "AdamW lacks _momentums")
+    with fast_training(built("lstm"), 1) as (trained, methods):
+        assert methods == [LOOP, PASSES, words.format("AdamW", "_momentums")]
+        assert type(trained.optimizer) is keras.optimizers.AdamW
+
+
 @pytest.mark.parametrize("name", [pytest.param("transformer", marks=pytest.mark.slow), "lstm"])
 def test_fused_operations_learn_the_same(name, monkeypatch):
     monkeypatch.setattr("aigc_tf.fast_training.numba_problem", lambda: "numba is not installed")

@@ -128,6 +128,15 @@ def test_gradients_are_clipped_by_their_global_norm():
     assert norm == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX clips the sum by itself")
+def test_gradients_of_several_devices_are_not_clipped_one_by_one_unnoticed(monkeypatch):
+    monkeypatch.setattr("aigc_tf.optimization.num_replicas", lambda: 2)
+    monkeypatch.setattr("aigc_tf.optimization.clipping_problem", lambda optimizer: "AdamW lacks _clip_gradients")
+    with pytest.raises(RuntimeError, match="clipped together with this Keras: AdamW lacks _clip_gradients"):
+        adamw(1.0, weight_decay=0.0, clip_norm=1.0)
+    adamw(1.0, weight_decay=0.0, clip_norm=None)
+
+
 def test_the_learning_rate_warms_up_stays_and_falls():
     schedule = WarmupStableDecay(1e-2, 200)
     rates = [float(schedule(step)) for step in range(200)]
