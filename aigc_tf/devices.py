@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from .cores import usable_cores
 from .keras_internals import forget_retracing, registered_gradients
 
 # What TensorFlow's libraries log, such as "I0000 00:00:1795749208.239711    4558 port.cc:153] oneDNN ...".
@@ -95,6 +96,18 @@ def uses_accelerator() -> bool:
     if keras.backend.backend() == "jax":
         return any(not name.startswith("cpu") for name in keras.distribution.list_devices())
     return any(tf.config.list_logical_devices(kind) for kind in ("GPU", "TPU"))
+
+
+def num_threads(kind: str = "intra") -> int:
+    """Return how many threads TensorFlow has, as it was told, or else one for each core.
+
+    Args:
+        kind: "intra" for those that share an operation, "inter" for those that compute operations side by side.
+    """
+    named = os.environ.get(f"TF_NUM_{kind.upper()}OP_THREADS", "").strip()
+    # TensorFlow passes over what is no number there, too.
+    told = getattr(tf.config.threading, f"get_{kind}_op_parallelism_threads")()
+    return told or (int(named) if named.isdecimal() else 0) or usable_cores()
 
 
 def gpu_bytes_in_use() -> int:

@@ -7,11 +7,9 @@ and computes the same with the variables of the one that it holds. Neither the m
 import contextlib
 import functools
 import math
-import os
 from collections.abc import Iterator
 
-from .cores import usable_cores
-from .devices import freed_graphs, fused, keras, tf, uses_accelerator
+from .devices import freed_graphs, fused, keras, num_threads, tf, uses_accelerator
 from .keras_internals import (
     adamw_problem,
     adamw_state,
@@ -134,23 +132,15 @@ def fast_model(model: keras.Model, with_passes: bool) -> keras.Model:
     return trained
 
 
-def _num_threads() -> int:
-    """Return how many threads to give an operation: as TensorFlow was told, or else one for each core."""
-    named = os.environ.get("TF_NUM_INTRAOP_THREADS", "").strip()
-    # TensorFlow passes over what is no number there, too.
-    chosen = tf.config.threading.get_intra_op_parallelism_threads() or (int(named) if named.isdecimal() else 0)
-    return chosen or usable_cores()
-
-
 def _pass(name: str, inputs: list, like: list, *settings) -> list:
     """Call a function of `passes` in a graph: results have the shapes and dtypes of the tensors `like`."""
     from . import passes
 
-    function, num_threads = getattr(passes, name), _num_threads()
+    function, threads = getattr(passes, name), num_threads()
     dtypes = [t.dtype for t in like]
     outputs = tf.nest.flatten(
         tf.numpy_function(
-            lambda *arrays: function(*arrays, *settings, num_threads),
+            lambda *arrays: function(*arrays, *settings, threads),
             inputs,
             dtypes if len(dtypes) > 1 else dtypes[0],  # of a list of one, an eager call would return no list
             stateful=False,
@@ -319,7 +309,7 @@ class _OnePassAdamW(keras.optimizers.Optimizer):
         momenta, velocities, decays = adamw_state(self.adamw, variables)
         kinds = [[v.value for v in kind] for kind in (variables, momenta, velocities)]
         settings = {name: getattr(self.adamw, name) for name in ("beta_1", "beta_2", "epsilon")}
-        settings |= {"clip_norm": self.adamw.global_clipnorm or None, "num_threads": _num_threads()}
+        settings |= {"clip_norm": self.adamw.global_clipnorm or None, "num_threads": num_threads()}
         n = len(variables)
 
         def step(rate, iterations, *arrays):

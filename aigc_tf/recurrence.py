@@ -4,7 +4,7 @@ Keras multiplies with both matrices in each step, and on the way back adds up th
 the loop holds what depends on the step before, and each of the other products is one, over all steps.
 """
 
-from .devices import keras, tf
+from .devices import keras, num_threads, tf
 from .keras_internals import is_masked
 
 
@@ -55,15 +55,27 @@ class OwnLoop(keras.layers.Layer):
         """Compute what the layer does of sequences (B, T, I) and of a state given or of zeros."""
         cell, dtype = self.layer.cell, self.compute_dtype
         state = state or self.layer.get_initial_state(tf.shape(x)[0])
-        weights = (cell.kernel, cell.recurrent_kernel, cell.bias)
-        values = (tf.cast(tf.convert_to_tensor(v), dtype) for v in (x, *state, *weights))
-        hidden, last_hidden, last_cell = lstm_sequence(*values)
+        values = (x, *state, cell.kernel, cell.recurrent_kernel, cell.bias)
+        x, hidden, cell, *weights = (tf.cast(tf.convert_to_tensor(v), dtype) for v in values)
+        parts = zip(*(tf.split(v, _parts(x.shape[0])) for v in (x, hidden, cell)), strict=True)
+        results = [lstm_sequence(*part, *weights) for part in parts]
+        hidden, last_hidden, last_cell = (tf.concat(those, axis=0) for those in zip(*results, strict=True))
         output = hidden if self.layer.return_sequences else last_hidden
         return [output, last_hidden, last_cell] if self.layer.return_state else output
 
     def compute_output_spec(self, x, *state):
         """Tell the shapes of the output, which are the layer's."""
         return self.layer.compute_output_spec(x, initial_state=list(state) or None)
+
+
+def _parts(num_rows: int | None) -> list[int] | int:
+    """Divide a batch into halves whose loops are computed side by side, where there is a thread for each.
+
+    What stands between two products is done by one thread, and the other would wait.
+    """
+    if (num_rows or 0) < 2 or min(num_threads("intra"), num_threads("inter")) < 2:
+        return 1
+    return [num_rows // 2, num_rows - num_rows // 2]
 
 
 @tf.custom_gradient

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from aigc_tf import devices, models
 from aigc_tf import fast_training as module
-from aigc_tf import models
 from aigc_tf.devices import keras, tf
 from aigc_tf.fast_training import fast_model, fast_training, passes_problem
 from aigc_tf.training import compile_model
@@ -255,12 +255,14 @@ def test_fused_operations_learn_the_same(name, monkeypatch):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
-def test_an_operation_has_the_threads_of_the_usable_cores_or_those_that_tensorflow_was_told(monkeypatch):
-    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
-    monkeypatch.setattr(module, "usable_cores", lambda: 3)
-    assert module._num_threads() == 3
+@pytest.mark.parametrize("kind", ["intra", "inter"])
+def test_operations_have_the_threads_of_the_usable_cores_or_those_that_tensorflow_was_told(kind, monkeypatch):
+    name = f"TF_NUM_{kind.upper()}OP_THREADS"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 3)
+    assert devices.num_threads(kind) == 3
     for no_number in ("", "abc", "0", "-1"):
-        monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", no_number)
-        assert module._num_threads() == 3
-    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", "2")
-    assert module._num_threads() == 2
+        monkeypatch.setenv(name, no_number)
+        assert devices.num_threads(kind) == 3
+    monkeypatch.setenv(name, "2")
+    assert devices.num_threads(kind) == 2

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from aigc_tf import models
+from aigc_tf import models, recurrence
 from aigc_tf.devices import fused, keras, tf
 from aigc_tf.fast_training import fast_model
 from aigc_tf.recurrence import OwnLoop
@@ -9,7 +9,7 @@ from aigc_tf.training import compile_model
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="other backends have other loops")
 
-V, T, B = 50, 9, 4
+V, T, B = 50, 9, 5
 
 
 def with_own_loop(model):
@@ -35,10 +35,16 @@ def loss_and_gradients(model):
     return float(loss), logits.numpy(), [tf.convert_to_tensor(g).numpy() for g in gradients]
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def num_parts(request, monkeypatch):
+    monkeypatch.setattr(recurrence, "num_threads", lambda kind: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("float32", 3e-6), ("mixed_bfloat16", 0.03)], ids=["float32", "bfloat16"]
 )
-def test_it_is_the_loop_of_keras(precision, tolerance):
+def test_it_is_the_loop_of_keras(precision, tolerance, num_parts):
     model = models.build("lstm", V, T, num_layers=2, hidden_dim=16, dropout=0.0, precision=precision)
     fast = with_own_loop(model)
     assert uses_own_loop(fast)
@@ -51,7 +57,12 @@ def test_it_is_the_loop_of_keras(precision, tolerance):
         assert np.linalg.norm(fast - slow) <= tolerance * np.linalg.norm(slow)
 
 
-def test_states_given_and_returned_are_those_of_keras():
+def test_a_batch_is_divided_where_there_is_a_thread_for_each_half(num_parts):
+    assert recurrence._parts(5) == ([2, 3] if num_parts == 2 else 1)
+    assert recurrence._parts(1) == recurrence._parts(None) == 1
+
+
+def test_states_given_and_returned_are_those_of_keras(num_parts):
     x, hidden, cell = (keras.Input(shape) for shape in ((T, 3), (5,), (5,)))
     outputs = keras.layers.LSTM(5, return_sequences=False, return_state=True)(x, initial_state=[hidden, cell])
     model = keras.Model([x, hidden, cell], outputs)
