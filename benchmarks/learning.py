@@ -2,7 +2,8 @@
 
     pip install -e '.[fast]' torch
     npm pack chinese-poetry@2.0.1          # for the corpus "tang": 54,283 poems, 3.5 million traditional characters
-    python benchmarks/learning.py --seconds 600 --seeds 0 1 2
+    python benchmarks/learning.py --corpora tang --seconds 600 --seeds 0 1 2
+    python benchmarks/learning.py --corpora tang --seconds 600 --seeds 0 --systems lstm torch-lstm --dropout 0.3
     python benchmarks/learning.py --corpora quatrains laws --systems lstm lstm-plain --seconds 100
 
 Two methods make a difference beside the architecture, and anybody may have them: an embedding counted in the text
@@ -24,9 +25,9 @@ which a few steps with a rate of zero go before, nor of evaluation. Everybody st
 and when the softmax runs over all tokens too; the table shows how far the last step went beyond it. PyTorch reads the
 same windows from a file; no TensorFlow is loaded there.
 
-A tenth of the documents is held out. Settings are to be chosen by the first half of it, "valid", and reported on the
-other, "test", which nothing was chosen by. Results go to a file, one line a run, and a run that is there already is not
-done again.
+A tenth of the documents is held out. Settings, dropout above all, which a small corpus needs that is gone through
+several times, are to be chosen by the first half of it, "valid", and reported on the other, "test", which nothing was
+chosen by. Results go to a file, one line a run, and a run that is there already is not done again.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="CPU seconds of a run")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--learning-rate", type=float, help="instead of each system's own")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of all networks (default: 0.1, as `train` has it)")
     parser.add_argument("--prepared", type=Path, default=Path("learning-data"), help="a folder for PyTorch's windows")
     parser.add_argument("--archive", type=Path, default=Path("chinese-poetry-2.0.1.tgz"), help="for the corpus tang")
     parser.add_argument("--cores", nargs="+", default=[str(i) for i in range(os.cpu_count())])
@@ -87,7 +89,7 @@ def main() -> None:
             done[key(result)] = result
     facts = turns.machine(["aigc-tf", "torch"])
     turns.show_machine(facts)
-    settings = {"seconds": options.seconds, "batch_size": options.batch_size, "learning_rate": options.learning_rate}
+    settings = {name: getattr(options, name) for name in ("seconds", "batch_size", "learning_rate", "dropout")}
     jobs = [
         {"corpus": corpus, "system": system, "seed": seed, **settings}
         for seed in options.seeds
@@ -116,7 +118,8 @@ def main() -> None:
 
 
 def key(result: dict) -> str:
-    return json.dumps([result[k] for k in ("corpus", "system", "seed", "seconds", "batch_size", "learning_rate")])
+    names = ("corpus", "system", "seed", "seconds", "batch_size", "learning_rate", "dropout")
+    return json.dumps([result[name] for name in names])
 
 
 def ask(job: dict, core: str, options) -> dict:
@@ -124,6 +127,7 @@ def ask(job: dict, core: str, options) -> dict:
     command = [sys.executable, __file__, "--child", job["corpus"], job["system"], str(job["seed"])]
     command += ["--seconds", str(options.seconds), "--batch-size", str(options.batch_size)]
     command += ["--archive", str(options.archive), "--prepared", str(options.prepared)]
+    command += ["--dropout", str(options.dropout)]
     if options.learning_rate:
         command += ["--learning-rate", str(options.learning_rate)]
     environment = {**os.environ, **dict.fromkeys(turns.THREADS, "1"), **turns.memory_settings("kept")}
@@ -135,18 +139,19 @@ def ask(job: dict, core: str, options) -> dict:
 
 
 def print_table(results: list[dict]) -> None:
-    columns = f"{'seconds':>8}{'over':>6}{'runs':>6}{'valid':>9}{'test':>9}{'spread':>8}{'M tokens':>10}"
+    columns = f"{'dropout':>9}{'seconds':>8}{'over':>6}{'runs':>6}{'valid':>9}{'test':>9}{'spread':>8}{'M tokens':>10}"
     print(f"\n{'corpus':12}{'system':24}{columns}")
     groups = {}
     for result in results:
-        groups.setdefault((result["corpus"], result["system"], result["seconds"]), []).append(result)
-    for (corpus, system, seconds), runs in sorted(groups.items()):
+        group = tuple(result[name] for name in ("corpus", "system", "dropout", "seconds"))
+        groups.setdefault(group, []).append(result)
+    for (corpus, system, dropout, seconds), runs in sorted(groups.items()):
         valid, test = (statistics.mean(run[kind] for run in runs) for kind in ("valid", "test"))
         spread = max(run["test"] for run in runs) - min(run["test"] for run in runs)
         tokens = statistics.mean(run.get("tokens", 0) for run in runs) / 1e6
         over = max(run["cpu"] for run in runs) - seconds if tokens else float("nan")
-        row = f"{corpus:12}{system:24}{seconds:8.0f}{over:6.1f}{len(runs):6}{valid:9.3f}{test:9.3f}{spread:8.3f}"
-        print(f"{row}{tokens:10.2f}")
+        row = f"{corpus:12}{system:24}{dropout:9.1f}{seconds:8.0f}{over:6.1f}{len(runs):6}"
+        print(f"{row}{valid:9.3f}{test:9.3f}{spread:8.3f}{tokens:10.2f}")
 
 
 # --- a run ------------------------------------------------------------------------------------------------------
@@ -221,7 +226,7 @@ def run_ours(name, is_counted, among_candidates, tokenizer, documents, seed, opt
     from aigc_tf.optimization import adamw
 
     context, tokens_per_batch = CONTEXT[name], options.batch_size * 64
-    settings = {**OURS[name], "dropout": 0.0, "precision": "mixed_bfloat16", "seed": seed}
+    settings = {**OURS[name], "dropout": options.dropout, "precision": "mixed_bfloat16", "seed": seed}
     model = models.build(name, tokenizer.vocab_size, context, **settings)
     data = aigc_tf.make_dataset(documents, tokenizer, context, tokens_per_batch // context, seed)
     began = time.process_time()
@@ -306,7 +311,7 @@ def run_torch(name, path, seed, options) -> dict:
     arrays = dict(np.load(path))
     windows, counts = arrays["windows"], arrays["counts"]
     torch.manual_seed(seed)
-    model = (Transformer if name == "gpt" else Lstm)(len(counts), **TORCH[name])
+    model = (Transformer if name == "gpt" else Lstm)(len(counts), **TORCH[name], dropout=options.dropout)
     budget = options.seconds
     if has_methods:
         model.tokens.weight.data.copy_(torch.from_numpy(arrays["embedding"]))
