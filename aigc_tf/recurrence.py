@@ -7,6 +7,8 @@ the loop holds what depends on the step before, and each of the other products i
 from .devices import keras, num_threads, tf
 from .keras_internals import is_masked
 
+_FEWEST_ROWS = 16  # of a half of a batch: with fewer, a product takes as long as with twice as many
+
 
 def own_loop(operation, args: tuple, kwargs: dict):
     """Give the output of an LSTM layer by this loop, for its call in a graph; None where it does not serve.
@@ -73,7 +75,7 @@ def _parts(num_rows: int | None) -> list[int] | int:
 
     What stands between two products is done by one thread, and the other would wait.
     """
-    if (num_rows or 0) < 2 or min(num_threads("intra"), num_threads("inter")) < 2:
+    if (num_rows or 0) < 2 * _FEWEST_ROWS or min(num_threads("intra"), num_threads("inter")) < 2:
         return 1
     return [num_rows // 2, num_rows - num_rows // 2]
 
