@@ -299,6 +299,15 @@ class _OnePassAdamW(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0)  # not used
         self.adamw = adamw
 
+    @property
+    def learning_rate(self):
+        """The learning rate, which is that of the optimizer it stands for."""
+        return self.adamw.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.adamw.learning_rate = learning_rate
+
     def apply(self, grads, trainable_variables=None):
         from . import passes
 

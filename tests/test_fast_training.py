@@ -227,6 +227,20 @@ def test_without_numba_it_says_so_and_xla_fuses_long_trainings(monkeypatch):
         assert methods == [LOOP, FUSED]
 
 
+def test_a_learning_rate_that_is_set_is_that_of_the_steps():
+    model = built("lstm")
+    model.compile(keras.optimizers.AdamW(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.optimizer.build(model.trainable_variables)
+    ids = np.random.default_rng(0).integers(0, V, (B, T + 1))
+    with fast_training(model, 1) as (other, _):
+        for rate, changes in ((0.01, True), (0.0, False), (0.1, True)):
+            before = weights(model)
+            other.optimizer.learning_rate = rate
+            assert float(other.optimizer.learning_rate) == float(model.optimizer.learning_rate) == np.float32(rate)
+            other.train_on_batch(ids[:, :-1], ids[:, 1:])
+            assert (before != weights(model)).any() == changes
+
+
 def test_it_says_what_keras_lacks_for_the_fast_way(monkeypatch):
     monkeypatch.setattr(module, "attention_problem", lambda layer: "MultiHeadAttention lacks query_dense")
     words = "attention or the optimizer as Keras has it ({} lacks {})"
