@@ -3,7 +3,7 @@
     pip install -e '.[fast]' torch
     npm pack chinese-poetry@2.0.1          # for the corpus "tang": 54,283 poems, 3.5 million traditional characters
     python benchmarks/learning.py --corpora tang --seconds 600 --seeds 0 1 2
-    python benchmarks/learning.py --corpora tang --seconds 600 --seeds 0 --systems lstm torch-lstm --dropout 0.3
+    python benchmarks/learning.py --corpora tang --seconds 600 --seeds 0 --systems lstm torch-lstm --dropout 0.1
     python benchmarks/learning.py --corpora quatrains laws --systems lstm lstm-plain --seconds 100
 
 Two methods make a difference beside the architecture, and anybody may have them: an embedding counted in the text
@@ -25,9 +25,9 @@ which a few steps with a rate of zero go before, nor of evaluation. Everybody st
 and when the softmax runs over all tokens too; the table shows how far the last step went beyond it. PyTorch reads the
 same windows from a file; no TensorFlow is loaded there.
 
-A tenth of the documents is held out. Settings, dropout above all, which a small corpus needs that is gone through
-several times, are to be chosen by the first half of it, "valid", and reported on the other, "test", which nothing was
-chosen by. Results go to a file, one line a run, and a run that is there already is not done again.
+A tenth of the documents is held out. Settings, such as dropout, which is for a corpus that is gone through often, are to
+be chosen by the first half of it, "valid", and reported on the other, "test", which nothing was chosen by. Results go
+to a file, one line a run, and a run that is there already is not done again.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="CPU seconds of a run")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE)
     parser.add_argument("--learning-rate", type=float, help="instead of each system's own")
-    parser.add_argument("--dropout", type=float, default=0.1, help="of all networks (default: 0.1, as `train` has it)")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of all networks (default: none)")
     parser.add_argument("--prepared", type=Path, default=Path("learning-data"), help="a folder for PyTorch's windows")
     parser.add_argument("--archive", type=Path, default=Path("chinese-poetry-2.0.1.tgz"), help="for the corpus tang")
     parser.add_argument("--cores", nargs="+", default=[str(i) for i in range(os.cpu_count())])
