@@ -25,9 +25,9 @@ which a few steps with a rate of zero go before, nor of evaluation. Everybody st
 and when the softmax runs over all tokens too; the table shows how far the last step went beyond it. PyTorch reads the
 same windows from a file; no TensorFlow is loaded there.
 
-A tenth of the documents is held out. Settings, such as dropout, which is for a corpus that is gone through often, are to
-be chosen by the first half of it, "valid", and reported on the other, "test", which nothing was chosen by. Results go
-to a file, one line a run, and a run that is there already is not done again.
+A tenth of the documents is held out. Settings, such as dropout, are to be chosen by the first half of it, "valid", and
+reported on the other, "test", which nothing was chosen by. Results go to a file, one line a run, and a run that is
+there already is not done again.
 """
 
 import argparse
