@@ -221,7 +221,7 @@ _TABLE = {
     "tokens_per_second": ("speed", lambda n: f"{n:,.0f} tokens/s"),
     "validation_hours": ("validation time", lambda hours: duration(3600 * hours)),
     "hours": ("total time", lambda hours: duration(3600 * hours)),
-    "watts": ("power", lambda watts: f"{watts:.3g} W"),
+    "watts": ("power", lambda watts: f"{scaled(watts)}W"),
     "kilowatt_hours": ("energy", lambda kilowatt_hours: f"{scaled(1000 * kilowatt_hours)}Wh"),
 }
 

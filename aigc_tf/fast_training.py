@@ -45,7 +45,6 @@ def fast_training(model: keras.Model, num_tokens: float) -> Iterator[tuple[keras
             yield model, []
             return
         problem = passes_problem(model)
-        lacking = not problem and _lacking(model)
         trained = fast_model(model, with_passes=problem is None)
         is_worth_fusing = 6 * model.count_params() * num_tokens > _OPERATIONS_WORTH_FUSING
         with fused() if is_worth_fusing and problem else contextlib.nullcontext() as is_fused:
@@ -54,10 +53,10 @@ def fast_training(model: keras.Model, num_tokens: float) -> Iterator[tuple[keras
                 "elementwise operations in passes compiled by numba": not problem,
                 "elementwise operations fused by XLA": is_fused,
                 f"elementwise operations by TensorFlow ({problem})": problem and not is_fused,
-                f"attention or the optimizer as Keras has it ({lacking})": lacking,
             }
+            lacking = [] if problem else _lacking(model)
             try:
-                yield trained, [words for words, is_so in methods.items() if is_so]
+                yield trained, [*(words for words, is_so in methods.items() if is_so), *lacking]
             finally:
                 if not problem:
                     from . import passes
@@ -77,13 +76,13 @@ def passes_problem(model: keras.Model) -> str | None:
     return numba_problem()
 
 
-def _lacking(model) -> str | None:
+def _lacking(model) -> list[str]:
     """Tell what a model's attention or optimizer lacks of what passes use of Keras beyond its public interface."""
-    attentions = (layer for layer in inner_layers(model) if type(layer) is keras.layers.MultiHeadAttention)
-    problems = [attention_problem(layer) for layer in attentions]
-    if type(model.optimizer) is keras.optimizers.AdamW:
-        problems.append(adamw_problem(model.optimizer))
-    return next(filter(None, problems), None)
+    attentions = [layer for layer in inner_layers(model) if type(layer) is keras.layers.MultiHeadAttention]
+    of_attention = next(filter(None, map(attention_problem, attentions)), None)
+    of_optimizer = adamw_problem(model.optimizer) if _is_usual_adamw(model.optimizer) else None
+    problems = {"attention": of_attention, "AdamW": of_optimizer}
+    return [f"{name} as Keras has it ({problem})" for name, problem in problems.items() if problem]
 
 
 def _is_graph(model) -> bool:
@@ -279,12 +278,15 @@ class _WithPasses(keras.Model):
 
 
 def _is_plain_adamw(optimizer) -> bool:
+    return _is_usual_adamw(optimizer) and adamw_problem(optimizer) is None
+
+
+def _is_usual_adamw(optimizer) -> bool:
     unusual = ("amsgrad", "clipnorm", "clipvalue", "use_ema", "gradient_accumulation_steps", "loss_scale_factor")
     return (
         type(optimizer) is keras.optimizers.AdamW
         and optimizer.built
         and not any(getattr(optimizer, name) for name in unusual)
-        and adamw_problem(optimizer) is None
     )
 
 

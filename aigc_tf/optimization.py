@@ -54,7 +54,7 @@ def adamw(schedule, weight_decay: float, clip_norm: float | None, num_microbatch
         settings["gradient_accumulation_steps"] = num_microbatches
     is_shared = keras.backend.backend() == "tensorflow" and num_replicas() > 1
     optimizer = (ClippedTogether if is_shared else keras.optimizers.AdamW)(schedule, **settings)
-    if is_shared and clip_norm and (problem := clipping_problem(optimizer)):
+    if is_shared and clip_norm and (problem := clipping_problem(keras.optimizers.AdamW())):
         raise RuntimeError(
             f"The gradients of several devices cannot be clipped together with this Keras: {problem}. Train on one "
             "device, without clip_norm, or with another version of Keras."

@@ -52,9 +52,10 @@ def duration(seconds: float) -> str:
     """Write a time in the unit that suits it.
 
     Example:
-        >>> duration(0.0123), duration(75), duration(600), duration(9000), duration(400_000)
-        ('12.3 ms', '75 s', '10 min', '2.5 h', '4.63 days')
+        >>> duration(0.0123), duration(0.9996), duration(75), duration(600), duration(9000), duration(400_000)
+        ('12.3 ms', '1 s', '75 s', '10 min', '2.5 h', '4.63 days')
     """
+    seconds = float(f"{seconds:.3g}")  # first, or 0.9996 s would be 1000 ms
     for unit, size, until in (("ms", 1e-3, 1), ("s", 1, 100), ("min", 60, 6000), ("h", 3600, 48 * 3600)):
         if seconds < until:
             return f"{seconds / size:.3g} {unit}"

@@ -51,8 +51,8 @@ def train(
     validates, and writes checkpoints, after the block of steps in which it is due.
 
     With a `run_dir` nothing is lost: the same call again goes on after the newest checkpoint there, however
-    the one before it ended, and on a CPU it ends with the weights and the history, bit for bit, that it would
-    have ended with at once (its "tokens_per_second" apart).
+    the one before it ended, and on a CPU with as many threads it ends with the weights and the history, bit for
+    bit, that it would have ended with at once (its "tokens_per_second" apart).
 
     Args:
         model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal.

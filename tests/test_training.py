@@ -131,7 +131,8 @@ def test_gradients_are_clipped_by_their_global_norm():
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX clips the sum by itself")
 def test_gradients_of_several_devices_are_not_clipped_one_by_one_unnoticed(monkeypatch):
     monkeypatch.setattr("aigc_tf.optimization.num_replicas", lambda: 2)
-    monkeypatch.setattr("aigc_tf.optimization.clipping_problem", lambda optimizer: "AdamW lacks _clip_gradients")
+    owner = next(kind for kind in keras.optimizers.AdamW.__mro__ if "_clip_gradients" in vars(kind))
+    monkeypatch.delattr(owner, "_clip_gradients")  # as another Keras may have it
     with pytest.raises(RuntimeError, match="clipped together with this Keras: AdamW lacks _clip_gradients"):
         adamw(1.0, weight_decay=0.0, clip_norm=1.0)
     adamw(1.0, weight_decay=0.0, clip_norm=None)
