@@ -15,7 +15,7 @@ from .checkpoints import CHECKPOINTS, read_newest, require_same, write_checkpoin
 from .devices import keras, tf
 from .distribution import hosts_are_to_stop, is_first_host, num_hosts
 from .evaluation import VALIDATION_TOKENS, evaluate_scorer, sample_documents, scorer, scorer_batches
-from .files import delete_leftovers, write_beside
+from .files import write_beside
 from .live import in_notebook
 
 # A checkpoint by the minute takes at most this share of the time: one that took long is followed by a longer wait.
@@ -99,7 +99,6 @@ class Course(keras.callbacks.Callback):
         folder, writes = run_dir / CHECKPOINTS, is_first_host()
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            delete_leftovers(folder)
         arrays, record, path = read_newest(folder, self.display.line)
         if path:
             require_same(path, record["identity"], identity, self.display.line)

@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -35,9 +36,8 @@ _KINDS = (
 _DEEPEST = 100  # lists and dicts in one another; those of a model have about ten
 _TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
 LOCK = ".lock"
-_BESIDE = re.compile(r"\.[0-9a-f]{12}-")  # how names begin that are written to beside others
-_being_written: set[str] = set()  # those of them that threads of this process are writing to
-_held: dict[Path, tuple] = {}  # a folder that this process has locked -> the thread that did, and the file of the lock
+_OF_A_WRITER = re.compile(r"(\.[0-9a-f]{12}-)\.lock")  # the lock on what begins with the same letters (see `beside`)
+_held: dict[Path, tuple] = {}  # a lock that this process has -> the thread that took it, and its open file
 
 
 def read_text(path) -> str:
@@ -96,33 +96,45 @@ def write_beside(path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def beside(path) -> Iterator[Path]:
-    """Give a path beside `path` for a file or a folder to be renamed when it is whole; what stays there is deleted."""
-    path = Path(path)
-    # Of this writer alone, be it a process or a thread. The suffix stays last: Keras decides by it what to write.
-    temporary = path.with_name(f".{uuid.uuid4().hex[:12]}-{path.name}")
-    _being_written.add(temporary.name)
-    try:
-        yield temporary
-    finally:
-        _being_written.discard(temporary.name)
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+    """Give a path beside `path` for a file or a folder to be renamed when it is whole; what stays there is deleted.
 
-
-def delete_leftovers(folder) -> None:
-    """Delete what killed processes had begun to write to a folder; for the one that has it locked.
-
-    What another thread of this process is writing there stays.
+    A lock shows that its writer lives: what killed ones have left beside `path` is deleted first.
     """
-    for path in Path(folder).glob(".*-*"):
-        if not _BESIDE.match(path.name) or path.name in _being_written:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    path = Path(path)
+    _delete_leftovers(path.parent)
+    # Of this writer alone, be it a process or a thread. The suffix stays last: Keras decides by it what to write.
+    start = f".{uuid.uuid4().hex[:12]}-"
+    temporary = path.with_name(start + path.name)
+    with _holding(path.with_name(start + LOCK), wait=True) as file:
+        try:
+            yield temporary
+        finally:
+            if not file.closed:  # or this is a child: see _let_go_in_child
+                with contextlib.suppress(OSError):
+                    _delete(temporary)
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Delete what killed processes had begun to write to a folder; what cannot be deleted stays."""
+    for path in folder.glob(f".*-{LOCK}"):
+        if own := _OF_A_WRITER.fullmatch(path.name):
+            # A writer that lives, or a file system without locks, on which nobody can tell, is an OSError too.
+            with contextlib.suppress(OSError):
+                with open(path, "rb+") as file:
+                    _lock(file)
+                    for left in set(folder.glob(f"{own[1]}*")) - {path}:
+                        _delete(left)
+                    if os.name == "posix":  # before it is released: see _open_locked
+                        path.unlink()
+                if os.name != "posix":
+                    path.unlink()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(file: Path) -> None:
@@ -149,39 +161,46 @@ def rename(path: Path, new: Path) -> None:
 def locked(folder) -> Iterator[None]:
     """Keep a folder, which is made if need be, for this thread: others that lock it meanwhile get an error.
 
-    The system takes the lock back from a process that is killed; what that had begun to write there is deleted now. A
-    folder made for the lock goes again if it stays empty.
+    The system takes the lock back from a process that is killed. A folder made for the lock goes again if it stays
+    empty.
 
     Raises:
         BlockingIOError: another process or thread has it; the message says which.
     """
-    folder = Path(folder)
-    key = folder.resolve()
-    if key in _held and _held[key][0] == threading.get_ident():
+    lock = Path(folder, LOCK)
+    if _held.get(lock.resolve(), (None,))[0] == threading.get_ident():
         yield
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    file = _open_locked(folder / LOCK)
+    made = [path for path in lock.parents if not path.exists()]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _holding(lock):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # it is not empty
+            for path in made:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _holding(lock: Path, wait: bool = False) -> Iterator[IO]:
+    """Take a lock, whose file is made for it and deleted with it, and give that file."""
+    file, key = _open_locked(lock, wait), lock.resolve()
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
         _held[key] = threading.get_ident(), file
-        delete_leftovers(folder)
-        yield
+        yield file
     finally:
         _held.pop(key, None)
         is_own = not file.closed  # or this is a child: see _let_go_in_child
         if os.name == "posix" and is_own:
-            Path(file.name).unlink(missing_ok=True)  # before it is released: see _open_locked
+            lock.unlink(missing_ok=True)  # before it is released: see _open_locked
         file.close()
         if os.name != "posix":
             with contextlib.suppress(OSError):  # another process has just opened it
-                Path(file.name).unlink()
-        with contextlib.suppress(OSError):  # it is not empty
-            for path in made:
-                path.rmdir()
+                lock.unlink()
 
 
 def _let_go_in_child() -> None:
@@ -195,15 +214,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go_in_child)
 
 
-def _open_locked(path: Path):
+def _open_locked(path: Path, wait: bool) -> IO:
     while True:
         file = open(path, "ab+")  # noqa: SIM115 (whoever holds the lock closes it)
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                file.seek(2**20)  # a byte that nobody writes: who reads what the file says is not kept from it
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            _lock(file, wait)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 file.seek(0)
@@ -220,6 +235,15 @@ def _open_locked(path: Path):
             if os.name != "posix" or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         file.close()
+
+
+def _lock(file: IO, wait: bool = False) -> None:
+    """Lock an open file until it is closed; an `OSError` if another has it, or its file system has no locks."""
+    if fcntl:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    else:
+        file.seek(2**20)  # a byte that nobody writes: who reads what the file says is not kept from it
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
 
 
 def write_json(path, content: dict) -> None:

@@ -288,8 +288,9 @@ def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(build, document
 
 
 def test_what_a_kill_left_half_written_is_gone_after_the_next_training(build, documents, tokenizer, tmp_path):
-    leftovers = [tmp_path / ".0123456789ab-run.json", tmp_path / "checkpoints" / ".0123456789ab-step.npz"]
-    (tmp_path / "checkpoints").mkdir()
+    folders = (tmp_path, tmp_path / "checkpoints")
+    leftovers = [folder / f".0123456789ab-{name}" for folder in folders for name in (".lock", "step.npz")]
+    folders[1].mkdir()
     for path in leftovers:
         path.touch()
     run(build, documents, tokenizer, tmp_path, steps=1, validations=1)

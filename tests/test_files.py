@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -119,16 +120,59 @@ def test_a_folder_is_locked_for_others_and_not_for_its_owner(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["a.txt"]
 
 
-def test_what_killed_processes_had_begun_to_write_is_deleted_by_the_next_that_locks(tmp_path):
-    (tmp_path / ".0123456789ab-log.csv").touch()
-    (tmp_path / ".0123456789ac-.saving").mkdir()
-    (tmp_path / ".0123456789ac-.saving" / "model.keras").touch()
+WRITE = """
+import sys, time
+from pathlib import Path
+from aigc_tf.files import beside
+with beside(Path(sys.argv[1], "model.keras")) as file, beside(Path(sys.argv[1], ".saving")) as folder:
+    file.touch()
+    folder.mkdir()
+    (folder / "run.json").touch()
+    print(file.name, folder.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_others_write_is_deleted_when_they_are_killed_and_not_before(tmp_path):
     (tmp_path / ".my-notes").touch()
-    with write_beside(tmp_path / "a.txt") as temporary:  # as another thread may
+    (tmp_path / ".0123456789ab-notes").touch()
+    process = subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        written = process.stdout.readline().split()
+        for _ in range(2):
+            with locked(tmp_path):
+                write_json(tmp_path / "a.json", {})
+        assert (tmp_path / written[1] / "run.json").exists()
+        assert set(written) < {path.name for path in tmp_path.iterdir()}
+    finally:
+        process.kill()
+        process.communicate()
+    write_json(tmp_path / "a.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {".my-notes", ".0123456789ab-notes", "a.json"}
+
+
+def test_what_another_thread_writes_stays(tmp_path):
+    with write_beside(tmp_path / "a.txt") as temporary:
         temporary.write_text("春", "utf-8")
-        with locked(tmp_path):
-            assert {path.name for path in tmp_path.iterdir()} == {".lock", ".my-notes", temporary.name}
-    assert (tmp_path / "a.txt").read_text("utf-8") == "春"
+        with ThreadPoolExecutor(1) as other:
+            other.submit(write_json, tmp_path / "b.json", {}).result()
+            assert temporary.read_text("utf-8") == "春"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.json"}
+
+
+def test_leftovers_that_cannot_be_deleted_keep_nobody_from_writing(tmp_path, monkeypatch):
+    (tmp_path / ".0123456789ab-.lock").touch()
+    (tmp_path / ".0123456789ab-.saving").mkdir()
+
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("aigc_tf.files.shutil.rmtree", fail)
+    write_json(tmp_path / "a.json", {})
+    assert (tmp_path / ".0123456789ab-.lock").exists()
+    monkeypatch.undo()
+    write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 HOLD = """
@@ -153,6 +197,20 @@ def test_the_lock_of_a_killed_process_is_free_again(tmp_path):
     with locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_does_not_delete_what_its_parent_writes(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from aigc_tf.files import write_beside\n"
+        "with write_beside(sys.argv[1] + '/a.txt') as temporary:\n"
+        "    temporary.touch()\n"
+        "    if os.fork() == 0: sys.exit()\n"  # leaves the block of its parent
+        "    os.wait()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are opened on POSIX only")
