@@ -24,13 +24,14 @@ def apply_temperature(logits, temperature: float):
     """Divide logits by a temperature: below 1 the likely gets likelier, above 1 the odds level out.
 
     Args:
-        logits: (..., V), float.
+        logits: (..., V), float; at least one above minus infinity.
         temperature: above 0. (For 0 take `ops.argmax`.)
 
     Returns:
-        Logits (..., V).
+        Logits (..., V), the largest of them 0, so that none overflows but to minus infinity.
     """
-    return logits / temperature
+    with np.errstate(over="ignore"):
+        return (logits - library_of(logits).max(logits, axis=-1, keepdims=True)) / temperature
 
 
 def top_k(logits, k: int):

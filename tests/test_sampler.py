@@ -377,6 +377,18 @@ def test_a_choice_applies_temperature_top_k_typical_top_p_min_p_and_draws(kind):
     assert np.asarray(keras.ops.convert_to_numpy(greedy)).tolist() == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("kind", ["numpy", "keras", "compiled"])
+@pytest.mark.parametrize("used", [{}, {"top_k": 3}, {"typical_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_logits_that_a_temperature_lifts_beyond_float32_are_drawn_from(kind, used):
+    logits = np.array([[0, 0, -INF, 3e38, 0], [0, 3e38, -3e38, 0, 3e38]], np.float32)
+    if kind == "keras":
+        logits = keras.ops.convert_to_tensor(logits)
+    sampler = make(compiled=kind == "compiled", temperature=0.2, **{"top_p": None, **used})
+    for uniform, expected in ((0.1, [3, 1]), (0.9, [3, 4])):
+        chosen = sampler.choose(logits, np.full(2, uniform, np.float32))
+        assert keras.ops.convert_to_numpy(chosen).tolist() == expected
+
+
 def test_shares_of_1_and_0_choose_among_all():
     logits = np.random.default_rng(0).normal(size=(500, 30)).astype(np.float32)
     uniforms = np.random.default_rng(1).random(500)
