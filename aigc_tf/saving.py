@@ -21,6 +21,7 @@ from .weights import LstmWeights, TransformerWeights, check_file, read_file
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
 _SAVING = ".saving"  # in a run folder, a folder of files that are whole, and on their way to their places
 _FORMAT = {"format": "aigc_tf run", "version": 1}
+_OF_SAVE = (*_FORMAT, "saved", "model", "tokenizer", "versions", "sha256")  # what `save` itself tells in `run.json`
 _LOOKS = 9  # at a run that is replaced meanwhile
 
 
@@ -36,11 +37,11 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         model: the `keras.Model`.
         tokenizer: its tokenizer.
         **record: what else `run.json` shall tell, such as `settings`, `data` and `figures`: anything that
-            JSON can hold; `settings` must be a dict.
+            JSON can hold, under other names than `save` itself tells; `settings` must be a dict.
 
     Raises:
-        ValueError: model and tokenizer do not belong together, `settings` is no dict of settings, or the model is what
-            `load_writer` gives, or of a class that overrides `call`.
+        ValueError: model and tokenizer do not belong together, `record` is what `read_run` would refuse, or the model
+            is what `load_writer` gives, or of a class that overrides `call`.
     """
     from .devices import keras
     from .distribution import is_first_host
@@ -48,7 +49,15 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
     if isinstance(model, TransformerWeights | LstmWeights):
         raise ValueError("save needs the model itself, got what load_writer gives. Load it with load.")
     check_vocabulary(model, tokenizer)
-    _check_settings(record.get("settings", {}))
+    run = {
+        **_FORMAT,
+        "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "model": {"name": model.name, "parameters": model.count_params(), "context": model.input_shape[1]},
+        "tokenizer": {"unit": tokenizer.unit, "vocab_size": tokenizer.vocab_size},
+        "versions": versions(),
+        "sha256": dict.fromkeys((_MODEL, _TOKENIZER), ""),  # told below
+    }
+    run = _with_record(run, record)
     if not is_its_graph(model):
         raise ValueError(
             f"save writes the graph of a model, and {type(model).__name__} overrides its call, which would be lost. "
@@ -66,15 +75,7 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
             keras.Model(model.input, model.output, name=model.name).save(folder / _MODEL)
         sync(folder / _MODEL)
         tokenizer.save(folder / _TOKENIZER)
-        run = {
-            **_FORMAT,
-            "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "model": {"name": model.name, "parameters": model.count_params(), "context": model.input_shape[1]},
-            "tokenizer": {"unit": tokenizer.unit, "vocab_size": tokenizer.vocab_size},
-            **record,
-            "versions": versions(),
-            "sha256": {name: _sha256(folder / name) for name in (_MODEL, _TOKENIZER)},
-        }
+        run["sha256"] = {name: _sha256(folder / name) for name in (_MODEL, _TOKENIZER)}
         write_json(folder / _RUN, run)
         for attempt in range(100):
             _finish_saving(path)  # what a killed process, or another thread, has begun
@@ -96,13 +97,25 @@ def add_to_run(path, **record) -> None:
 
     Raises:
         FileNotFoundError: there is no such folder, or it is no run folder.
-        ValueError: `run.json` is damaged or of another version.
+        ValueError: `run.json` is damaged or of another version, or `record` is what `read_run` would refuse.
     """
     from .distribution import is_first_host
 
     if is_first_host():
         _finish_saving(Path(path))
-        write_json(Path(path) / _RUN, {**read_run(path), **record})
+        write_json(Path(path) / _RUN, _with_record(read_run(path), record))
+
+
+def _with_record(run: dict, record: dict) -> dict:
+    """Return what `run.json` tells with more told in it, or refuse what could not be read again."""
+    if taken := sorted(record.keys() & {*_OF_SAVE}):
+        raise ValueError(f"{_RUN} tells {', '.join(_OF_SAVE)} itself, got {', '.join(taken)}. Name it otherwise.")
+    run = {**run, **record}
+    try:
+        _check_run(from_json(json.dumps(run)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{_RUN} cannot hold what was given: {error}.") from None
+    return run
 
 
 def _finish_saving(path: Path) -> None:
@@ -233,19 +246,20 @@ def read_run(path) -> dict:
         raise FileNotFoundError(f"{path} is no run folder: there is no {file}. {way}.")
     try:
         run = from_json(file.read_text("utf-8"))
-        if any(run.get(key) != value for key, value in _FORMAT.items()):
-            raise ValueError(f"it must say {_FORMAT}")
-        hashes = run.get("sha256")
-        if not isinstance(hashes, dict) or set(hashes) != {_MODEL, _TOKENIZER}:
-            raise ValueError(f"its sha256 must tell of {_MODEL} and {_TOKENIZER}, and of nothing else")
-        _check_settings(run.get("settings", {}))
+        _check_run(run)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read by this version: {error}.") from None
     return run
 
 
-def _check_settings(settings) -> None:
-    """Refuse settings that are not by name, or whose held-out side cannot be found again."""
+def _check_run(run) -> None:
+    """Refuse a record of another format, or with settings that are not by name or cannot hold documents out."""
+    if any(run.get(key) != value for key, value in _FORMAT.items()):
+        raise ValueError(f"it must say {_FORMAT}")
+    hashes = run.get("sha256")
+    if not isinstance(hashes, dict) or set(hashes) != {_MODEL, _TOKENIZER}:
+        raise ValueError(f"its sha256 must tell of {_MODEL} and {_TOKENIZER}, and of nothing else")
+    settings = run.get("settings", {})
     if not isinstance(settings, dict):
         raise ValueError(f"settings must be a dict, got {settings!r}")
     fraction = settings.get("valid_fraction", 0.5)

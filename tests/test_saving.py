@@ -102,7 +102,7 @@ def test_a_save_that_fails_leaves_the_run_before_it(build, trained, tokenizer, t
         monkeypatch.setattr(keras.Model, "save", fail)
     else:
         record["figures"]["run"] = object()  # JSON cannot hold it
-    with pytest.raises((OSError, TypeError)):
+    with pytest.raises((OSError, ValueError)):
         save(tmp_path, build(tokenizer.vocab_size, 8, seed=9), tokenizer, **record)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     load(tmp_path)
@@ -225,6 +225,31 @@ def test_more_can_be_told_of_a_run(trained, tokenizer, tmp_path):
     add_to_run(tmp_path, figures={"bits": 7.4}, sample="春")
     assert read_run(tmp_path) == {**before, "figures": {"bits": 7.4}, "sample": "春"}
     load(tmp_path)
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"version": "2024-05"},
+        {"format": "poems"},
+        {"sha256": {}},
+        {"settings": None},
+        {"settings": {"valid_fraction": 2}},
+        {"figures": nested(150)},
+        {"figures": {1, 2}},
+    ],
+    ids=str,
+)
+def test_a_record_that_could_not_be_read_again_is_refused(trained, tokenizer, tmp_path, record):
+    save(tmp_path, trained, tokenizer, figures={"bits": 7.5})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "run.json " in message_of(ValueError, save, tmp_path, trained, tokenizer, **record)
+    assert "run.json " in message_of(ValueError, add_to_run, tmp_path, **record)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("load", [load, load_writer])
