@@ -5,7 +5,6 @@ penalties, temperature, top-k, typical, top-p, min-p, the draw.
 Forced words stand above it (`forcing.py`): they take the place of the draw.
 """
 
-import bisect
 import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import sampling, utf8
+from .banned import BannedWords
 from .tokenizer import Tokenizer
 
 _COLDEST = 1e-6  # below, differences that float32 logits can hold leave but the likeliest token
@@ -144,29 +144,15 @@ class Sampler:
         if np.isposinf(self.bias).any():
             raise ValueError("logit_bias of a token that is named twice adds up to infinity. Lower it.")
         self.bias[[tokenizer.PAD, tokenizer.BOS]] = -np.inf
-        self.token_bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] if settings.banned else []
-        self.completions = self._ban_words([word.encode("utf-8", "surrogatepass") for word in settings.banned])
+        token_bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] if settings.banned else []
+        self.banned = BannedWords((word.encode("utf-8", "surrogatepass") for word in settings.banned), token_bytes)
+        self.bias[self.banned.held] = -np.inf
         self.biases, self.after = _by_pending(self.bias, tokenizer.BYTES)
         self.bias = self.biases[0]
         if np.isneginf(self.bias).all():
             raise ValueError("banned and logit_bias leave no token to choose, not even the end of the text.")
         exempt = [i for i in map(tokenizer.piece_id, settings.exempt) if i is not None]
         self.exempt = np.isin(np.arange(tokenizer.vocab_size), exempt)
-
-    def _ban_words(self, words: list[bytes]) -> dict[bytes, np.ndarray]:
-        """Ban tokens that hold a word, and return, for each beginning of a word, the tokens that would complete it."""
-        order = sorted(range(len(self.token_bytes)), key=self.token_bytes.__getitem__)
-        ordered = [self.token_bytes[i] for i in order]
-        completions = {}
-        for word in words:
-            self.bias[[i for i, held in enumerate(self.token_bytes) if word in held]] = -np.inf
-            for length in range(1, len(word)):
-                rest = word[length:]
-                first = bisect.bisect_left(ordered, rest)
-                # No byte of UTF-8 is 255: all that begin with the rest stand before this.
-                last = bisect.bisect_left(ordered, rest + b"\xff")
-                completions.setdefault(word[:length], set()).update(order[first:last])
-        return {beginning: np.array(sorted(ids), np.int64) for beginning, ids in completions.items()}
 
     def adjust(self, logits: np.ndarray, texts, rows: np.ndarray) -> np.ndarray:
         """Apply the bias, the n-gram rule, the banned words and the penalties: what depends on the text so far.
@@ -187,7 +173,8 @@ class Sampler:
         if s.no_repeat_ngram is not None:
             repeating = sampling.count_tokens(sampling.repeating_tokens(ids, s.no_repeat_ngram), vocab_size) > 0
             logits[repeating & ~self.exempt] = -np.inf
-        self._ban_completions(logits, ids)
+        for row, text in enumerate(ids if self.banned.longest else ()):
+            logits[row, self.banned.completing(text)] = -np.inf
         logits = self._or_end(logits)
         if s.repetition_penalty != 1:
             counts = np.where(self.exempt, 0, sampling.count_tokens(ids, vocab_size))
@@ -217,16 +204,7 @@ class Sampler:
         """Whether the adjustment depends on more of the text so far than its newest character."""
         s = self.settings
         neutral = (s.no_repeat_ngram, s.repetition_penalty, s.presence_penalty, s.frequency_penalty) == (None, 1, 0, 0)
-        return not neutral or bool(self.completions)
-
-    def _ban_completions(self, logits: np.ndarray, ids: np.ndarray) -> None:
-        """Ban the tokens that would complete a banned word, however its beginning was spelt; in place."""
-        longest = max(map(len, self.completions), default=0)
-        for row, text in enumerate(ids if longest else ()):
-            tail = b"".join(self.token_bytes[i] for i in text[-longest:] if i >= 0)
-            for length in range(1, min(longest, len(tail)) + 1):
-                if (banned := self.completions.get(tail[-length:])) is not None:
-                    logits[row, banned] = -np.inf
+        return not neutral or self.banned.longest > 0
 
     def choose(self, adjusted: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         """Choose a token from each row: the likeliest at temperature 0, or a draw from what the settings keep.

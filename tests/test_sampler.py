@@ -1,4 +1,6 @@
 import itertools
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -270,6 +272,39 @@ def test_banned_letters():
     logits = np.zeros((1, tokenizer.vocab_size), np.float32)
     logits = make(tokenizer, banned=["é"]).adjust(logits, texts_of([[3 + first]]), np.array([0]))[0]
     assert set(np.flatnonzero(np.isneginf(logits))) == {0, 1, *breaking_tokens(tokenizer, [3 + first]), 3 + second}
+
+
+def test_many_banned_words_are_soon_made_ready():
+    tokenizer = Tokenizer([chr(0x4E00 + i) for i in range(5700)])
+    words = [chr(0x4E00 + i % 5700) + chr(0x4E00 + (i * 37 + 11) % 5700) for i in range(10_000)]
+    start = time.process_time()
+    sampler = make(tokenizer, banned=words)
+    assert time.process_time() - start < 2
+    ids = np.array(tokenizer.encode(words[5][0]))
+    assert tokenizer.encode(words[5][1])[0] in sampler.banned.completing(ids)
+
+
+def test_a_long_banned_word_takes_little_memory():
+    tracemalloc.start()
+    make(banned=["白" * 5000])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
+def test_a_character_is_not_begun_all_of_whose_endings_are_banned():
+    kana = [chr(i) for i in range(0x3040, 0x3100)]  # E3 81 80 to E3 83 BF
+    before, first = TOKENIZER.encode("白"), 3 + 0xE3
+    logits = adjusted([*before, first], banned=kana)
+    assert np.isneginf(logits[[3 + 0x81, 3 + 0x82, 3 + 0x83]]).all()
+    assert logits[3 + 0x80] == logits[3 + 0x84] == 0
+    assert not np.isneginf(adjusted([*before, first], banned=kana[1:])[3 + 0x81])
+    # After one character only.
+    pairs = ["白" + char for char in kana[:64]]
+    assert np.isneginf(adjusted([*before, first], banned=pairs)[3 + 0x81])
+    assert not np.isneginf(adjusted([*TOKENIZER.encode("日"), first], banned=pairs)[3 + 0x81])
+    # All that begin with one byte.
+    assert np.isneginf(make(banned=[chr(i) for i in range(0x3000, 0x4000)]).bias[first])
 
 
 def test_nothing_left_is_the_end():
