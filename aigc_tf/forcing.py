@@ -15,8 +15,7 @@ import numpy as np
 
 from .decoding import Decoder
 from .sampler import Sampler
-from .sampling import log_softmax
-from .texts import Chance, Texts, log_probabilities
+from .texts import Chance, Texts, finite_log_softmax, log_probabilities
 from .tokenizer import Tokenizer, complete_characters
 from .word_order import WordOrder
 
@@ -46,10 +45,11 @@ class _Candidate:
         self.kept, self.written, self.log_probability, self.is_done = [], b"", 0.0, False
         self.kept_tails = tails  # of the prompt and what is kept, for the order of the words
 
-    def start(self, room: int) -> None:
+    def start(self, room: int, longest_stop: int) -> None:
         needed = sum(map(len, self.missing.values()))
         self.spare = room - len(self.kept) - needed
-        self.limit = min(_HORIZON, self.spare)
+        # After the last word a draft goes on until no stop string can begin in the word: a token has a byte or more.
+        self.limit = min(_HORIZON if self.missing else max(_HORIZON, longest_stop), self.spare)
         self.draft, self.log_probabilities, self.data, self.half, self.tails = [], [], b"", b"", self.kept_tails
         self.places, self.best = [], -np.inf  # where words were read whole, and the highest score of these
         self.trials = {}  # row -> `_Place`, where words are being read
@@ -152,12 +152,12 @@ class Forcing:
         decoder = make_decoder(len(begins))
         texts = Texts(decoder, begins, written)
         for one in candidates:
-            one.start(self._room)
+            one.start(self._room, max(map(len, self._stop), default=0))
         next_tokens = dict.fromkeys(range(0, len(begins), each))
         while next_tokens:
             rows = sorted(next_tokens)
             logits = texts.read(np.array(rows))
-            log_probabilities = dict(zip(rows, log_softmax(logits), strict=True))
+            log_probabilities = dict(zip(rows, finite_log_softmax(logits), strict=True))
             logits = dict(zip(rows, logits, strict=True))
             parents, next_tokens, drafting = np.arange(len(begins)), {}, []
             for main, one in zip(range(0, len(begins), each), candidates, strict=True):
@@ -173,6 +173,8 @@ class Forcing:
                 texts.copy(parents)
             if drafting:
                 mains = np.array([main for main, _ in drafting])
+                for main, one in drafting:
+                    logits[main][self._cutting(one)] = -np.inf
                 adjusted = self._sampler.adjust(np.stack([logits[main] for main in mains]), texts, mains)
                 steps = np.array([len(one.kept) + len(one.draft) for _, one in drafting])
                 uniforms = chance.take(np.array([one.row for _, one in drafting]), steps, 1)[:, 0]
@@ -186,6 +188,17 @@ class Forcing:
                 texts.write(np.array(rows), np.array([next_tokens[row] for row in rows]))
                 ended = [main for main, one in drafting if not one.is_drafting]
                 next_tokens = {row: token for row, token in next_tokens.items() if row not in ended}
+
+    def _cutting(self, one: _Candidate) -> list[int]:
+        """Return the tokens that would complete a stop string which begins before the end of a word that has come."""
+        text = one.written + one.data
+        rests = tuple(
+            end[size:]
+            for end in self._stop
+            for size in range(1, len(end))
+            if text.endswith(end[:size]) and any(word in text and word not in text[:-size] for word in self._words)
+        )
+        return [i for i, data in enumerate(self._bytes) if data.startswith(rests)] if rests else []
 
     def _append(self, one: _Candidate, token: int, log_probability: float, allowed: np.ndarray) -> None:
         """Add a token to a draft, and note the words that come with it."""

@@ -126,6 +126,7 @@ def generate_batch(
         raise TypeError(f"prompts must be a list of texts, got {prompts!r}. For one text call generate.")
     prompts = list(prompts)
     _check_arguments(model, tokenizer, *prompts)
+    stop = check_words("stop", stop)
     settings = check_generation(max_new_tokens, seed, best_of, num_beams, length_penalty, stop, **sampling)
     engine, source = choose_engine(model, engine, settings, num_beams)
     writer = Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
@@ -180,6 +181,7 @@ def stream(
     if late := {"best_of", "num_beams", "length_penalty", "log_probability"} & set(sampling):
         raise ValueError(f"stream() does not support {', '.join(sorted(late))}, known only at the end. Call generate.")
     _check_arguments(model, tokenizer, prompt)
+    stop = check_words("stop", stop)
     settings = check_generation(max_new_tokens, seed, stop=stop, **sampling)
     engine, source = choose_engine(model, engine, settings)
     writer = Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
@@ -231,8 +233,9 @@ def check_generation(
     for name in _NOT_FOR_BEAMS if num_beams > 1 else ():
         if name in sampling:
             raise ValueError(f"num_beams > 1 does not support {name}: the search is deterministic. Leave one out.")
+    stop = check_words("stop", stop)
     for word in settings.forced:
-        for end in check_words("stop", stop):
+        for end in stop:
             if end in word:
                 raise ValueError(f"{word!r} is forced and holds {end!r}, at which the text stops.")
     return settings

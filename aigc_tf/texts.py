@@ -3,6 +3,7 @@
 import numpy as np
 
 from .decoding import Decoder
+from .sampler import NOT_FINITE
 from .sampling import log_softmax
 
 
@@ -117,12 +118,20 @@ class Texts:
         return np.where(columns >= self._first_written[rows, None], self.ids[rows, first : self.now], -1)
 
 
+def finite_log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Turn the logits of a model into log-probabilities, and refuse those of a model whose training failed."""
+    result = log_softmax(logits)
+    if np.isnan(result).any():
+        raise ValueError(NOT_FINITE)
+    return result
+
+
 def log_probabilities(texts: Texts, ids: list[list[int]]) -> np.ndarray:
     """Write given ids to texts, and return the log-probabilities that the model itself gives to them, (rows,)."""
     total = np.zeros(len(ids))
     for step in range(max(map(len, ids), default=0)):
         rows = np.array([row for row, those in enumerate(ids) if step < len(those)])
         tokens = np.array([ids[row][step] for row in rows])
-        total[rows] += log_softmax(texts.read(rows))[np.arange(len(rows)), tokens]
+        total[rows] += finite_log_softmax(texts.read(rows))[np.arange(len(rows)), tokens]
         texts.write(rows, tokens)
     return total

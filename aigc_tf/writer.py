@@ -83,11 +83,15 @@ class Writer:
         scores = np.zeros(len(begins))
         rows, ids = self._begin(begins, chance, scores)
         over = np.array([self._is_over(those) for those in ids])
-        steps = self._steps(begins, ids, chance, rows, over, scores if scored else None)
+        # Forced words were not read in one go from the prompt, as the model reads a text: that is done at the end.
+        at_once = scored and self._forcing is None
+        steps = self._steps(begins, ids, chance, rows, over, scores if at_once else None)
         for column in steps:
             for row in np.flatnonzero(~over):
                 ids[row].append(int(column[row]))
                 over[row] = self._is_over(ids[row])
+        if scored and not at_once:
+            scores = log_probabilities(Texts(self._decoder(len(begins)), begins), ids)
         written = list(zip(ids, scores.tolist(), strict=True))
         return [max(written[i : i + len(samples)], key=_average) for i in range(0, len(written), len(samples))]
 

@@ -4,12 +4,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import message_of, table_model
+from conftest import message_of, spread, table_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aigc_tf import Tokenizer, generate, generate_batch, stream
-from aigc_tf.decoding import Decoder
+from aigc_tf.decoding import Decoder, decoder
 from aigc_tf.ngram import Ngram
 from aigc_tf.sampler import check_settings
 from aigc_tf.writer import Writer
@@ -377,3 +377,60 @@ def test_a_word_that_the_model_gives_no_probability_comes_without_a_word_before_
     for banned in ((), ("龘",)):
         ids = write(["山"], 3, wanted=[word], strength=-np.inf, banned=banned)
         assert ids.index(word) == 0
+
+
+CLAUSE = Tokenizer([*"春风明月。，", "\n"])
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "written"),
+    [
+        (["明月。"], "。\n", "春风。\n春风。"),
+        (["明月"], "明月。", "春风明月。"),
+        (["明月。"], "月。，" + "春" * 70, "春风，" + "春" * 9),  # longer than a draft looks ahead
+        (["明月。", "风，"], "。\n", "春。\n春风"),
+    ],
+)
+def test_no_stop_string_begins_within_a_forced_word(words, stop, written):
+    ids = CLAUSE.encode(written)
+    successors = dict(zip([CLAUSE.BOS, *ids], [*ids, ids[0]], strict=True))
+    if stop == "。\n":  # which would follow the word at once
+        successors[CLAUSE.piece_id("。")] = CLAUSE.piece_id("\n")
+    if len(stop) > 9:
+        successors |= {CLAUSE.piece_id("，"): CLAUSE.piece_id("春"), CLAUSE.piece_id("。"): CLAUSE.piece_id("，")}
+    model = table_model(CLAUSE, successors)
+    for settings in ({"temperature": 0}, {"seed": 0}, {"seed": 1, "best_of": 2}):
+        text = generate(model, CLAUSE, forced=words, stop=[stop], max_new_tokens=99, **settings)
+        assert all(word in text for word in words)
+        assert stop not in text
+    text = "".join(stream(model, CLAUSE, forced=words, stop=stop, max_new_tokens=99, temperature=0))
+    assert all(word in text for word in words)
+
+
+def test_the_log_probability_of_a_long_text_is_that_of_writing_it_from_the_prompt(build):
+    from aigc_tf.engines import choose_engine
+    from aigc_tf.texts import Texts, log_probabilities
+
+    model = spread(build(V, 8))
+    decode = choose_engine(model, "numpy", check_settings())[1]
+    settings = {"forced": ["白日"], "max_new_tokens": 30, "seed": 0, "engine": "numpy", "logit_bias": {EOS: -np.inf}}
+    for best_of in (1, 2):
+        text = generate(model, TOKENIZER, "山", log_probability=True, best_of=best_of, **settings)
+        assert len(text.ids) == 30
+        texts = Texts(decoder(decode, 1, "numpy"), [[BOS, *TOKENIZER.encode("山")]])
+        (expected,) = log_probabilities(texts, [list(text.ids)])
+        assert text.log_probability == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_a_model_of_no_numbers_is_refused_in_any_room(extra):
+    from aigc_tf.sampler import NOT_FINITE
+
+    model = table_model(TOKENIZER, {BOS: range(V)})
+    weights = model.get_weights()
+    model.set_weights([np.full_like(weight, np.nan) for weight in weights])
+    for settings in ({}, {"log_probability": True}):
+        message = message_of(
+            ValueError, generate, model, TOKENIZER, forced=["白日"], max_new_tokens=2 + extra, **settings
+        )
+        assert message == NOT_FINITE

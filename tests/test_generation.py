@@ -651,3 +651,14 @@ def test_a_stop_string_within_a_forced_word_is_refused(tokenizer):
 def test_a_number_beyond_all_others_is_refused(tokenizer, name):
     if name != "seed":
         assert name in message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: 10**400})
+
+
+@pytest.mark.parametrize("function", [generate, lambda *args, **settings: "".join(stream(*args, **settings))])
+def test_stop_strings_may_come_from_an_iterator(tokenizer, function):
+    white, sun, hill = map(tokenizer.piece_id, "白日山")
+    model = table_model(tokenizer, {tokenizer.BOS: white, white: sun, sun: hill, hill: white})
+    settings = {"forced": ["白", "日"], "temperature": 0, "max_new_tokens": 9}
+    assert function(model, tokenizer, stop=iter(["龘", "山"]), **settings) == "白日"
+    for stop in ("日", ["龘", "日"]):
+        message = message_of(ValueError, function, model, tokenizer, stop=iter(stop), **settings)
+        assert message == "'日' is forced and holds '日', at which the text stops."
