@@ -38,7 +38,7 @@ class BannedWords:
         """Return the tokens that would complete a word after a text of ids (T,), -1 for none: ids `int64`."""
         data = b"".join(self._token_bytes[i] for i in text[-self.longest :] if i >= 0)
         ends = (data[first:] for first in range(max(0, len(data) - self.longest), len(data)))
-        found = [self._completing(end) for end in ends if _begins(end, self._words)]
+        found = [self._completing(end) for end in ends if begins(end, self._words)]
         return np.concatenate([np.zeros(0, np.int64), *found])
 
     def _find_completing(self, beginning: bytes) -> np.ndarray:
@@ -49,7 +49,8 @@ class BannedWords:
         return np.array(sorted(ids), np.int64)
 
 
-def _begins(beginning: bytes, ordered: list[bytes]) -> bool:
+def begins(beginning: bytes, ordered: list[bytes]) -> bool:
+    """Tell whether one of some words, which are in order, begins so."""
     first = bisect.bisect_left(ordered, beginning)
     return first < len(ordered) and ordered[first].startswith(beginning)
 

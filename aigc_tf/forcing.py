@@ -17,7 +17,7 @@ from .decoding import Decoder
 from .sampler import Sampler
 from .texts import Chance, Texts, finite_log_softmax, log_probabilities
 from .tokenizer import Tokenizer, complete_characters
-from .word_order import WordOrder
+from .word_order import EVERY_ORDER, WordOrder
 
 CANDIDATES = 4  # texts written, of which one is taken
 _HORIZON = 64  # tokens that a draft looks ahead, and so within which a word comes
@@ -109,9 +109,12 @@ class Forcing:
             where = f"After {prompt[-20:]!r} the" if prompt else "The"
             what = "complete a banned word or a stop string where they meet"
             if more == np.inf:
-                raise ValueError(f"{where} forced words {what}, and no token may part them. Ban less.")
+                raise ValueError(
+                    f"{where} forced words {what} in each order tried, and no token may part them. Ban less."
+                )
+            need = "need" if len(self._words) <= EVERY_ORDER else "may need"
             raise ValueError(
-                f"{where} forced words {what}; with tokens that part them they need {needed + more}, "
+                f"{where} forced words {what}; with tokens that part them they {need} {needed + more}, "
                 f"got max_new_tokens {self._room}. Allow more."
             )
 

@@ -2,9 +2,11 @@
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-_EVERY_ORDER = 8  # words of which every order is tried; of more the first are taken one by one
+from .banned import begins
+
+EVERY_ORDER = 10  # words of which every order is tried; of more the first are taken one by one
 
 Tails = tuple[bytes, bytes]  # how a text ends: its longest end that begins a banned word, or a stop string
 
@@ -20,20 +22,21 @@ class WordOrder:
 
     def __init__(self, banned: Iterable[bytes], stop: Iterable[bytes], can_part: bool):
         self._words = frozenset(banned), frozenset(stop)
-        self._beginnings = [
-            {word[:size] for word in words for size in range(len(word))} | {b""} for words in self._words
-        ]
+        self._ordered = [sorted(words) for words in self._words]
+        self._sizes = [{len(word) for word in words} for words in self._words]
         self._can_part = can_part
-        self._longest = max(map(len, self._beginnings[0]))
+        self._found = {}  # (tails, words) -> the partings of an order that was found
         self.after = functools.cache(self._after)
         self._fewest = functools.cache(self._fewest_partings)
 
     def begin(self, prompt: bytes) -> Tails:
         """Return the tails of a text of which nothing is written. What the prompt holds itself does not matter."""
-        return self._tail(0, prompt[max(0, len(prompt) - self._longest) :]), b""
+        longest = max(self._sizes[0], default=0)
+        return self._tail(0, prompt[max(0, len(prompt) - longest) :]), b""
 
     def _tail(self, i: int, text: bytes) -> bytes:
-        return next(text[first:] for first in range(len(text) + 1) if text[first:] in self._beginnings[i])
+        ends = (text[first:] for first in range(len(text)))
+        return next((end for end in ends if begins(end, self._ordered[i])), b"")
 
     def _after(self, tails: Tails, data: bytes) -> Tails | None:
         """Return the tails once bytes were written, None if they complete a banned word or a stop string."""
@@ -41,35 +44,56 @@ class WordOrder:
         for i, tail in enumerate(tails):
             for byte in data:
                 tail += bytes([byte])
-                if any(tail[first:] in self._words[i] for first in range(len(tail))):
+                if any(tail[-size:] in self._words[i] for size in self._sizes[i]):
                     return None
                 tail = self._tail(i, tail)
             new.append(tail)
         return tuple(new)
 
-    def partings(self, tails: Tails, words: tuple[bytes, ...]) -> float:
-        """Return how many parting tokens suffice for words to follow, infinity if they cannot: of few the fewest."""
-        total, nearest, more = 0, list(words[:_EVERY_ORDER]), words[_EVERY_ORDER:]
-        for word in more:
-            fitting = (i for i, near in enumerate(nearest) if self.after(tails, near) is not None)
-            if (i := next(fitting, None)) is None:
-                i, tails, total = 0, (b"", b""), total + (1 if self._can_part else math.inf)
-            tails, nearest[i] = self.after(tails, nearest[i]), word
-        return total + self._fewest(tails, tuple(nearest))
+    def partings(self, tails: Tails, words: Iterable[bytes]) -> float:
+        """Return how many parting tokens suffice for words to follow, infinity if no order was found.
 
-    def _fewest_partings(self, tails: Tails, words: tuple[bytes, ...]) -> float:
+        Of up to `EVERY_ORDER` words it is the fewest. Of more one order is looked for, which `fits` will know.
+        """
+        words = frozenset(words)
+        follow = functools.cache(lambda tails: {word for word in words if self.after(tails, word) is not None})
+        left, order = set(words), []
+        while len(left) > EVERY_ORDER:
+            parted = not follow(tails) & left
+            before = (b"", b"") if parted else tails
+            if parted and not (self._can_part and follow(before) & left):
+                return math.inf
+            # First what leaves the fewest ways to go on, but for none: later they may be gone.
+            ways = {word: len(follow(self.after(before, word)) & left - {word}) for word in follow(before) & left}
+            word = min(sorted(ways), key=lambda word: ways[word] or math.inf)
+            order.append((tails, frozenset(left), parted))
+            left.remove(word)
+            tails = self.after(before, word)
+        cost = self._fewest(tails, frozenset(left))
+        for tails, words, parted in reversed(order):
+            cost = min(cost + parted, self._found.get((tails, words), math.inf))
+            self._found[tails, words] = cost
+        return cost
+
+    def _fewest_partings(self, tails: Tails, words: frozenset[bytes]) -> float:
         fewest = math.inf if words else 0
         for cost, before in ((0, tails), (1, (b"", b""))) if self._can_part else ((0, tails),):
-            for word in words:
+            for word in sorted(words):
                 if cost >= fewest:
                     return fewest
                 if (after := self.after(before, word)) is not None:
-                    rest = tuple(other for other in words if other != word)
-                    fewest = min(fewest, cost + self._fewest(after, rest))
+                    fewest = min(fewest, cost + self._fewest(after, words - {word}))
         return fewest
 
-    def fits(self, tails: Tails | None, words: tuple[bytes, ...], room: float) -> bool:
-        """Tell whether words may follow with so many tokens of room for what parts them."""
+    def fits(self, tails: Tails | None, words: Collection[bytes], room: float) -> bool:
+        """Tell whether words may follow with so many tokens of room for what parts them.
+
+        What fits goes on to fit: there is a word, or a token that parts and a word, after which the others do.
+        """
         if tails is None or room < 0:
             return False
-        return (self._can_part and room >= len(words)) or self.partings(tails, words) <= room
+        if self._can_part and room >= len(words):
+            return True
+        words = frozenset(words)
+        known = self._fewest(tails, words) if len(words) <= EVERY_ORDER else self._found.get((tails, words), math.inf)
+        return known <= room
