@@ -265,8 +265,12 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 def as_seed(seed) -> int:
     """Return a seed of any type of whole numbers as Python's own; refuse one that TensorFlow cannot hold."""
-    if not 0 <= seed < 2**63 or seed != int(seed):
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed}.")
+    try:
+        fits = 0 <= seed < 2**63 and seed == int(seed)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed!r}.")
     return int(seed)
 
 

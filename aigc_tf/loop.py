@@ -168,10 +168,8 @@ def _first_state(weights, sampler: Sampler, text: np.ndarray, now: int, dtype: s
         context, dim = weights.position_embedding.shape
         shapes = [(num_rows, weights.num_heads, context, dim // weights.num_heads)] * len(weights.blocks)
     cache = [(ops.zeros(shape, dtype), ops.zeros(shape, dtype)) for shape in shapes]
-    pending = np.zeros(num_rows, np.int32)
-    for ids in text[:, max(0, now - 3) : now].T:
-        pending = sampler.after[pending, ids]
-    state = {"logits": ops.zeros((num_rows, vocab_size), "float32"), "cache": cache, "pending": _int32(pending)[0]}
+    pending = ops.zeros(num_rows, "int32")  # a prompt is of whole characters
+    state = {"logits": ops.zeros((num_rows, vocab_size), "float32"), "cache": cache, "pending": pending}
     if any(getattr(sampler.settings, name) != getattr(_UNUSED, name) for name in _PENALTIES):
         counts = sampling.count_tokens(text[:, :now], vocab_size)
         state["counts"] = ops.convert_to_tensor(np.stack([counts, np.zeros_like(counts)]))

@@ -15,7 +15,7 @@ from .dataset import as_seed, make_dataset, make_store, open_store
 from .distribution import is_first_host, known_precision, num_hosts, num_replicas
 from .estimation import memory_warning
 from .evaluation import FINAL_TOKENS, baselines, evaluate, sample_documents
-from .files import locked
+from .files import beside, locked, rename
 from .generation import generate
 from .initialisation import initialise
 from .models import build
@@ -253,15 +253,27 @@ def _encode(documents: list[str], unit: str, vocab_size: int | None, user_dict, 
         return tokenizer, make_store(documents, tokenizer, processes=processes)
     key = json.dumps([documents_sha256(documents), unit, vocab_size, user_dict, __version__])
     folder = folder / hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    try:
+
+    def opened():
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         return tokenizer, open_store(folder / "tokens", tokenizer)
-    except (FileNotFoundError, ValueError):  # none, or one that a power cut has left
-        shutil.rmtree(folder, ignore_errors=True)
-    tokenizer = trained()
-    ids = make_store(documents, tokenizer, folder / "tokens", processes)
-    tokenizer.save(folder / "tokenizer.json")
-    return tokenizer, ids
+
+    with contextlib.suppress(FileNotFoundError, ValueError):  # there is none, or it is damaged
+        return opened()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with beside(folder) as new:
+        new.mkdir()
+        tokenizer = trained()
+        make_store(documents, tokenizer, new / "tokens", processes)
+        tokenizer.save(new / "tokenizer.json")
+        try:
+            rename(new, folder)
+        except OSError:  # there is one, which another run has made meanwhile
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                return opened()
+            shutil.rmtree(folder)  # or which is damaged
+            rename(new, folder)
+    return opened()
 
 
 def usual_steps(num_tokens: int, tokens_per_step: int) -> int:

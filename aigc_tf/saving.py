@@ -157,7 +157,13 @@ def load(path):
 def _load(path: Path):
     from .devices import keras
 
-    model = keras.models.load_model(_file(path, _MODEL), compile=False, safe_mode=True)  # no code runs from the file
+    file = _file(path, _MODEL)
+    try:
+        model = keras.models.load_model(file, compile=False, safe_mode=True)  # no code runs from the file
+    except (MemoryError, OSError):
+        raise
+    except Exception as error:  # of any kind, as Keras builds whatever its configuration says
+        raise ValueError(f"Keras {keras.__version__} cannot load {file}: {error or type(error).__name__}.") from error
     return model, Tokenizer.load(_file(path, _TOKENIZER))
 
 

@@ -13,6 +13,7 @@ from .files import read_text, shipped_file
 from .text import check_documents
 
 _HAN_WORD = re.compile(r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]{2,}")
+_LONGEST_LINE = 200  # of a user dictionary
 _STOPWORD_LISTS = ("cn", "classical")
 # What of jieba is used beside its documented functions.
 _OF_JIEBA = ("FREQ", "gen_pfdict", "get_dict_file", "initialized", "total")
@@ -175,8 +176,16 @@ def remove_stopwords(
 
 
 def as_user_dict(user_dict: Sequence[str] | str | os.PathLike) -> tuple[str, ...]:
-    """Read a user dictionary if a file is named, else take its lines."""
-    return load_user_dict(user_dict) if isinstance(user_dict, (str, os.PathLike)) else tuple(user_dict)
+    """Read a user dictionary if a file is named, else take its lines; refuse one that is no line of a dictionary."""
+    lines = load_user_dict(user_dict) if isinstance(user_dict, (str, os.PathLike)) else tuple(user_dict)
+    # jieba keeps every beginning of a word: memory grows with the square of its length.
+    for i, line in enumerate(lines):
+        if len(line) > _LONGEST_LINE:
+            raise ValueError(
+                f"A line of a user dictionary must have at most {_LONGEST_LINE} characters, but line {i + 1} has "
+                f"{len(line):,}: {line[:20]!r} ... Put each word on a line of its own."
+            )
+    return lines
 
 
 def _as_stopwords(stopwords: Collection[str] | str | os.PathLike) -> Collection[str]:

@@ -31,6 +31,8 @@ def number(value: float) -> str:
         >>> number(22084.0), number(7.251795), number(0.0040012345)
         ('22,084', '7.2518', '0.004001')
     """
+    if isinstance(value, int):  # also one that is too large for a float
+        return f"{value:,}"
     if float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:,.4f}" if abs(value) >= 1 else f"{value:.4g}"
@@ -67,11 +69,15 @@ def lines_of(told: dict) -> list[str]:
     lines = []
     for name, value in told.items():
         if isinstance(value, dict):
-            lines.append(in_words(name))
-            lines += [_line(f"  {in_words(key)}", _shown(one, name == "settings")) for key, one in value.items()]
+            lines.append(_label(name))
+            lines += [_line(f"  {_label(key)}", _shown(one, name == "settings")) for key, one in value.items()]
         else:
-            lines.append(_line(in_words(name), _shown(value, True)))
+            lines.append(_line(_label(name), _shown(value, True)))
     return lines
+
+
+def _label(name: str) -> str:
+    return in_words(name).replace("\n", " ")  # or one in a stranger's folder might pass for the lines of another
 
 
 def _line(name: str, text: str) -> str:

@@ -287,6 +287,8 @@ def _read_records(folder: Path, search: dict) -> list[dict]:
     try:
         found = from_json(file.read_text("utf-8"))
         records = found["trials"]
+        for record in records:
+            _check_record(**record)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is damaged. Name another folder.") from None
     # json.dumps, as the order of the settings and of the choices decides what the seed proposes
@@ -297,6 +299,13 @@ def _read_records(folder: Path, search: dict) -> list[dict]:
             "Call tune() as before, or name another folder."
         )
     return records
+
+
+def _check_record(trial: int, settings: dict, bits_per_char: float | None, seconds: float, error: str | None) -> None:
+    """Refuse what is not the record of a trial."""
+    is_well = isinstance(error, str) if bits_per_char is None else error is None and math.isfinite(bits_per_char)
+    if not (is_well and isinstance(trial, int) and isinstance(settings, dict) and math.isfinite(seconds)):
+        raise ValueError
 
 
 def _keep_best(folder: Path, records: list[dict]) -> None:

@@ -198,7 +198,7 @@ def read_file(path) -> TransformerWeights | LstmWeights | None:
         The weights, float32, or None if the graph is another, or the file is laid out in another way.
 
     Raises:
-        ValueError: it is no model file.
+        ValueError: it is no model file, or damaged.
     """
     with _opened(path) as (config, file):
 
@@ -216,7 +216,7 @@ def check_file(path) -> None:
         path: a `.keras` file, of any model.
 
     Raises:
-        ValueError: it holds links or data that lie elsewhere, or is compressed.
+        ValueError: it is damaged, holds links or data that lie elsewhere, or is compressed.
     """
     import h5py
 
@@ -234,30 +234,32 @@ def check_file(path) -> None:
 
     with _opened(path) as (_, file):
         if (name := file.visititems_links(link)) is not None:  # which follows none of them
-            raise ValueError(f"{path} is refused: {name!r} in it is a link to elsewhere.")
+            raise ValueError(f"{name!r} in it is a link to elsewhere")
         if (name := file.visititems(elsewhere)) is not None:
-            raise ValueError(f"{path} is refused: its data {name!r} is not stored in it as it is.")
+            raise ValueError(f"its data {name!r} is not stored in it as it is")
 
 
 @contextlib.contextmanager
 def _opened(path) -> Iterator:
-    """Open a `.keras` file: its configuration, and its weights as a file of HDF5, of which nothing is read yet."""
+    """Open a `.keras` file: its configuration, and its weights as a file of HDF5, of which nothing is read yet.
+
+    Whatever goes wrong with what stands in it is a `ValueError`: the readers of archives and of HDF5 have errors of
+    many kinds for files that are damaged.
+    """
     import h5py  # Keras brings it
 
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is no model file: {error}.") from None
-    with archive:
-        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-            raise ValueError(f"{path} is refused: it is compressed, which Keras never does.")
+    with open(path, "rb") as opened:
         try:
-            config = from_json(archive.read("config.json")).get("config", {})
-            file = h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r")
-        except (KeyError, AttributeError, ValueError, OSError) as error:
-            raise ValueError(f"{path} is no model file: {error}.") from None
-        with file:
-            yield config, file
+            with zipfile.ZipFile(opened) as archive:
+                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                    raise ValueError("it is compressed, which Keras never does")
+                config = from_json(archive.read("config.json")).get("config", {})
+                with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
+                    yield config, file
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is refused: {str(error) or type(error).__name__}.") from None
 
 
 _SUBLAYERS = ("cell", "query_dense", "key_dense", "value_dense", "output_dense")

@@ -61,7 +61,7 @@ ALLOWED = {
     "banned": {"utf8"},
     "sampler": {"banned", "choice", "sampling", "tokenizer", "utf8"},
     "texts": {"decoding", "sampler", "sampling"},
-    "word_order": set(),
+    "word_order": {"banned"},
     "forcing": {"decoding", "sampler", "texts", "tokenizer", "word_order"},
     "beams": {"sampler", "sampling", "texts"},
     "loop": {"devices", "sampler", "sampling", "texts", "weights"},

@@ -253,6 +253,14 @@ def test_a_setting_of_a_layer_that_changes_is_noticed(tokenizer, kind, name, val
     np.testing.assert_allclose(logits(), before, atol=1e-6)
 
 
+def test_layers_that_came_or_went_are_noticed(tokenizer):
+    from aigc_tf.variables import LayerSettings
+
+    one, two = (lstm(tokenizer.vocab_size, context=T, num_layers=num, hidden_dim=8) for num in (1, 2))
+    assert not LayerSettings(one).is_current(two)
+    assert not LayerSettings(two).is_current(one)
+
+
 def test_what_is_known_of_a_model_does_not_keep_it_alive(tokenizer):
     model = transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8)
     decoding.model_weights(model)

@@ -283,3 +283,5 @@ def test_operations_have_the_threads_of_the_usable_cores_or_those_that_tensorflo
         assert devices.num_threads(kind) == 3
     monkeypatch.setenv(name, "2")
     assert devices.num_threads(kind) == 2
+    monkeypatch.setattr(tf.config.threading, f"get_{kind}_op_parallelism_threads", lambda: 5)
+    assert devices.num_threads(kind) == 5

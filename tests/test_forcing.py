@@ -111,6 +111,14 @@ def test_a_word_that_comes_by_itself_is_not_written_again():
         assert generate(model, TOKENIZER, forced=["白日"], max_new_tokens=60, temperature=0) == "白日"
 
 
+def test_a_word_that_comes_in_one_token_with_a_stop_string_before_it_is_still_missing():
+    tokenizer = Tokenizer(["白", "日", "，", "，白日"])
+    model = table_model(tokenizer, {tokenizer.BOS: tokenizer.piece_id("，白日")})
+    text = generate(model, tokenizer, forced=["白日"], stop="，", max_new_tokens=60, temperature=0)
+    assert text.endswith("白日")
+    assert "，" not in text
+
+
 def test_the_prompt_is_not_the_text():
     model = table_model(TOKENIZER, {})
     text = generate(model, TOKENIZER, "白日", forced=["白日"], max_new_tokens=9, seed=0)

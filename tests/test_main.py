@@ -331,6 +331,25 @@ def test_json_and_tables_hold_nothing_that_a_terminal_obeys(run_folder, tmp_path
     assert "\\ud800 春" in capsys.readouterr().out
 
 
+def test_no_name_in_a_run_passes_for_a_line_of_its_own(run_folder, tmp_path, capsys):
+    told = {"a\nfigures": 1, "data": {"b\n  sha256": "c\nsettings"}, "figures": {"d": 10**400}}
+    (tmp_path / "run.json").write_text(json.dumps({**read_run(run_folder), **told}))
+    assert main(["info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\nfigures") == out.count("\nsettings") == 1
+    assert "\n  sha256" not in out
+    assert f"{10**400:,}" in out
+
+
+@pytest.mark.parametrize("option", [["--force"], ["--ban"], ["--stop"], []])
+def test_words_of_another_encoding_are_refused(run_folder, option):
+    arguments = [*option, os.fsdecode("春风".encode("gbk"))]
+    done = run_command(["generate", run_folder, *arguments], subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "must be UTF-8, got b'\\xb4\\xba\\xb7\\xe7'. Set the terminal to UTF-8" in done.stderr
+
+
 def test_generate_shows_what_is_new_alone(run_folder, capsys):
     model, tokenizer = load_writer(run_folder)
     texts = [generate(model, tokenizer, "白日", seed=5 + i, max_new_tokens=30) for i in range(2)]

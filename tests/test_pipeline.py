@@ -120,6 +120,21 @@ def test_a_store_of_other_text_is_not_taken(documents, tmp_path):
     np.testing.assert_array_equal(_encode(documents, "char", None, (), tmp_path)[1], ids)
 
 
+def test_what_another_run_has_encoded_meanwhile_is_taken(documents, tmp_path, monkeypatch):
+    train, of_others = aigc_tf.Tokenizer.train, []
+
+    def train_while_another_does(*args, **kwargs):
+        monkeypatch.setattr(aigc_tf.Tokenizer, "train", train)
+        of_others.append(_encode(documents, "char", None, (), tmp_path))
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(aigc_tf.Tokenizer, "train", train_while_another_does)
+    tokenizer, ids = _encode(documents, "char", None, (), tmp_path)
+    assert tokenizer.fingerprint == of_others[0][0].fingerprint
+    assert ids.filename == of_others[0][1].filename
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_the_number_of_steps_follows_from_the_text(documents, tmp_path, capsys, monkeypatch):
     assert usual_steps(455_000, 2048) == 2000
     assert usual_steps(1000, 2048) == 500

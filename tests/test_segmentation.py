@@ -8,10 +8,11 @@ import subprocess
 import sys
 
 import pytest
+from conftest import message_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aigc_tf import segmentation
+from aigc_tf import Tokenizer, segmentation
 from aigc_tf.files import read_text, shipped_file
 from aigc_tf.segmentation import keywords, load_stopwords, load_user_dict, remove_stopwords, segment
 
@@ -152,6 +153,14 @@ def test_a_user_dictionary_can_be_a_file(user_dict_file):
     assert load_user_dict(user_dict_file) == USER_DICT
     assert segment(TEXT, user_dict=str(user_dict_file)) == segment(TEXT, user_dict=USER_DICT)
     assert segment(TEXT, user_dict=user_dict_file) == segment(TEXT, user_dict=list(USER_DICT))
+
+
+def test_a_text_is_no_user_dictionary(tmp_path):
+    (tmp_path / "text.txt").write_text("春眠不觉晓\n" + "处处闻啼鸟" * 100, "utf-8")
+    for user_dict in (tmp_path / "text.txt", ["春眠不觉晓", "处处闻啼鸟" * 100]):
+        message = message_of(ValueError, segment, TEXT, user_dict=user_dict)
+        assert "at most 200 characters, but line 2 has 500: '处处闻啼鸟处处闻啼鸟" in message
+    assert "line 1 has 201" in message_of(ValueError, Tokenizer, [], "word", ["白" * 201])
 
 
 def test_a_missing_user_dictionary_is_an_error(tmp_path):

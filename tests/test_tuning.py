@@ -102,8 +102,14 @@ def test_another_search_is_refused_in_the_same_folder(documents, tmp_path):
     assert (folder / "trials.json").read_bytes() == before
     (tmp_path / "notes.txt").write_text("mine")
     assert "holds no trials.json" in message_of(ValueError, tune, documents, tmp_path, RATES, trials=1)
-    (folder / "trials.json").write_text("{")
-    assert "damaged" in message_of(ValueError, tune, documents, folder, RATES, trials=2, **SMALL)
+    record = json.loads(before)["trials"][0]
+    wrong = [None, 1, {}, {**record, "more": 1}, {**record, "trial": "1"}, {**record, "settings": []}]
+    wrong += [{**record, "bits_per_char": None}, {**record, "bits_per_char": "7"}, {**record, "seconds": None}]
+    contents = ["{", *(json.dumps({**json.loads(before), "trials": [one]}) for one in wrong)]
+    contents += [json.dumps({**json.loads(before), "trials": trials}) for trials in (None, 1, {"a": 1})]
+    for content in contents:
+        (folder / "trials.json").write_text(content)
+        assert "damaged" in message_of(ValueError, tune, documents, folder, RATES, trials=2, **SMALL), content
 
 
 def test_a_failed_trial_is_listed_and_the_search_goes_on(documents, tmp_path, capsys):
@@ -127,7 +133,7 @@ def test_a_failed_trial_is_listed_and_the_search_goes_on(documents, tmp_path, ca
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_out_of_range_is_refused_before_a_folder_is_made(documents, tmp_path, seed):
-    for wrong in ({"seed": seed}, {"seed": 0.5}):
+    for wrong in ({"seed": seed}, {"seed": 0.5}, {"seed": None}, {"seed": "1"}):
         message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, trials=1, **wrong, **SMALL)
         assert "seed must be a whole number from 0 to 2**63 - 1, got" in message
     assert not (tmp_path / "search").exists()

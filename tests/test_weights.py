@@ -1,5 +1,6 @@
 """Which models are read as ours, and which files are read at all."""
 
+import contextlib
 import copy
 import json
 import warnings
@@ -316,4 +317,19 @@ def test_what_is_no_model_file_is_said(content, tmp_path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("config.json", content)
             archive.writestr("model.weights.h5", b"")
-    assert "is no model file" in message_of(ValueError, check_file, path)
+    assert "model.keras is refused: " in message_of(ValueError, check_file, path)
+
+
+@pytest.mark.parametrize("place", ["archive", "HDF5", "end"])
+def test_a_damaged_file_is_refused_or_read(tmp_path, place):
+    MODELS["lstm"]().save(tmp_path / "whole.keras")
+    whole, random = (tmp_path / "whole.keras").read_bytes(), np.random.default_rng(0)
+    of_hdf5 = whole.index(b"\x89HDF")
+    first, last = {"archive": (0, 200), "HDF5": (of_hdf5, of_hdf5 + 4000), "end": (len(whole) - 300, len(whole))}[place]
+    for _ in range(300):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[random.integers(first, last, 2)] = random.integers(0, 256, 2)
+        (tmp_path / "model.keras").write_bytes(data)
+        for read in (check_file, read_file):
+            with contextlib.suppress(ValueError):
+                read(tmp_path / "model.keras")
