@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from .banned import begins
 from .beams import search_beams
 from .decoding import Decoder, decoder
 from .forcing import CANDIDATES, Forcing
@@ -52,7 +53,7 @@ class Writer:
         self._sampler = Sampler(tokenizer, settings, compiled=engine == "numba")
         self._max_new_tokens = int(max_new_tokens)
         self._stop = check_words("stop", stop)
-        self._stop_bytes = [end.encode("utf-8", "surrogatepass") for end in self._stop]
+        self._stop_bytes = sorted(end.encode("utf-8", "surrogatepass") for end in self._stop)
         self._forcing = None
         if settings.forced:
             self._forcing = Forcing(self._sampler, tokenizer, self._max_new_tokens, self._stop_bytes)
@@ -240,8 +241,8 @@ def _until(stop: list[bytes], ids: Iterable[int], tokenizer) -> Iterator[int]:
         held.append(i)
         data += tokenizer.token_bytes(i)
         places = [data.index(end) for end in stop if end in data]
-        open_ends = (size for end in stop for size in range(1, len(end)) if data.endswith(end[:size]))
-        known = min(places) if places else len(data) - max(open_ends, default=0)
+        open_ends = (first for first in range(len(data)) if begins(data[first:], stop))
+        known = min(places) if places else next(open_ends, len(data))
         while held and (size := len(tokenizer.token_bytes(held[0]))) <= known:
             yield held.pop(0)
             data, known = data[size:], known - size

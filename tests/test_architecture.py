@@ -68,7 +68,7 @@ ALLOWED = {
     "engines": {"decoding", "devices", "numba_tools", "sampler", "weights"},
     "hardware": {"cores", "devices"},
     "writer": {
-        "beams", "decoding", "forcing", "hardware", "loop", "sampler", "sampling", "texts", "weights",
+        "banned", "beams", "decoding", "forcing", "hardware", "loop", "sampler", "sampling", "texts", "weights",
     },
     "generation": {"engines", "sampler", "tokenizer", "writer"},
     "saving": {"devices", "distribution", "files", "keras_internals", "tokenizer", "weights"},
