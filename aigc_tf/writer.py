@@ -53,7 +53,7 @@ class Writer:
         self._sampler = Sampler(tokenizer, settings, compiled=engine == "numba")
         self._max_new_tokens = int(max_new_tokens)
         self._stop = check_words("stop", stop)
-        self._stop_bytes = sorted(end.encode("utf-8", "surrogatepass") for end in self._stop)
+        self._stop_bytes = [end.encode("utf-8", "surrogatepass") for end in self._stop]
         self._forcing = None
         if settings.forced:
             self._forcing = Forcing(self._sampler, tokenizer, self._max_new_tokens, self._stop_bytes)
@@ -236,12 +236,12 @@ def _until(stop: list[bytes], ids: Iterable[int], tokenizer) -> Iterator[int]:
 
     In bytes, as a character may be spelt in several tokens.
     """
-    held, data = [], b""
+    held, data, ordered = [], b"", sorted(stop)
     for i in ids:
         held.append(i)
         data += tokenizer.token_bytes(i)
         places = [data.index(end) for end in stop if end in data]
-        open_ends = (first for first in range(len(data)) if begins(data[first:], stop))
+        open_ends = (first for first in range(len(data)) if begins(data[first:], ordered))
         known = min(places) if places else next(open_ends, len(data))
         while held and (size := len(tokenizer.token_bytes(held[0]))) <= known:
             yield held.pop(0)
