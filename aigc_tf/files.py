@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ _KINDS = (
 _DEEPEST = 100  # lists and dicts in one another; those of a model have about ten
 _TOO_DEEP = f"it is nested more than {_DEEPEST} levels deep"
 LOCK = ".lock"
+_TAKEN = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # the errors of a lock that another has
+_DAY = 86400  # seconds, which no file takes to be written
 _OF_A_WRITER = re.compile(r"(\.[0-9a-f]{12}-)\.lock")  # the lock on what begins with the same letters (see `beside`)
 _held: dict[Path, tuple] = {}  # a lock that this process has -> the thread that took it, and its open file
 
@@ -118,16 +121,30 @@ def _delete_leftovers(folder: Path) -> None:
     """Delete what killed processes had begun to write to a folder; what cannot be deleted stays."""
     for path in folder.glob(f".*-{LOCK}"):
         if own := _OF_A_WRITER.fullmatch(path.name):
-            # A writer that lives, or a file system without locks, on which nobody can tell, is an OSError too.
+            # A writer that lives is an OSError too.
             with contextlib.suppress(OSError):
                 with open(path, "rb+") as file:
-                    _lock(file)
+                    _lock_left(file)
                     for left in set(folder.glob(f"{own[1]}*")) - {path}:
                         _delete(left)
                     if os.name == "posix":  # before it is released: see _open_locked
                         path.unlink()
                 if os.name != "posix":
                     path.unlink()
+
+
+def _lock_left(file: IO) -> None:
+    """Lock what a killed process of this machine has left, or of any if it is old: not all locks reach over the net."""
+    is_old = time.time() - os.fstat(file.fileno()).st_mtime > _DAY
+    try:
+        _lock(file)
+    except OSError as error:
+        if error.errno in _TAKEN or not is_old:
+            raise
+        return  # a file system without locks
+    owner = file.read(200)
+    if owner and not is_old and not owner.endswith(socket.gethostname().encode()):
+        raise BlockingIOError
 
 
 def _delete(path: Path) -> None:
@@ -158,8 +175,8 @@ def rename(path: Path, new: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder) -> Iterator[None]:
-    """Keep a folder, which is made if need be, for this thread: others that lock it meanwhile get an error.
+def locked(folder, wait: bool = False) -> Iterator[None]:
+    """Keep a folder, which is made if need be, for this thread: others that lock it meanwhile wait, or get an error.
 
     The system takes the lock back from a process that is killed. A folder made for the lock goes again if it stays
     empty.
@@ -174,7 +191,7 @@ def locked(folder) -> Iterator[None]:
     made = [path for path in lock.parents if not path.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _holding(lock):
+        with _holding(lock, wait):
             yield
     finally:
         with contextlib.suppress(OSError):  # it is not empty
@@ -220,10 +237,13 @@ def _open_locked(path: Path, wait: bool) -> IO:
         try:
             _lock(file, wait)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                file.seek(0)
-                owner = file.read(200).decode("utf-8", "replace") or "another process"
+            if error.errno in _TAKEN:
+                owner = b""
+                with contextlib.suppress(OSError):  # where others may not read what is locked
+                    file.seek(0)
+                    owner = file.read(200)
                 file.close()
+                owner = owner.decode("utf-8", "replace") or "another process"
                 raise BlockingIOError(
                     errno.EAGAIN,
                     f"A training is going on in this folder ({owner}). Wait for its end, or name another folder",
@@ -241,9 +261,15 @@ def _lock(file: IO, wait: bool = False) -> None:
     """Lock an open file until it is closed; an `OSError` if another has it, or its file system has no locks."""
     if fcntl:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    else:
-        file.seek(2**20)  # a byte that nobody writes: who reads what the file says is not kept from it
-        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        return
+    file.seek(2**20)  # a byte that nobody writes: who reads what the file says is not kept from it
+    while True:
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+            return
+        except OSError as error:
+            if not wait or error.errno != errno.EDEADLK:  # as it is after ten seconds
+                raise
 
 
 def write_json(path, content: dict) -> None:

@@ -17,7 +17,7 @@ from .decoding import Decoder
 from .sampler import Sampler
 from .texts import Chance, Texts, finite_log_softmax, log_probabilities
 from .tokenizer import Tokenizer, complete_characters
-from .word_order import EVERY_ORDER, WordOrder
+from .word_order import EVERY_ORDER, WordOrder, characters
 
 CANDIDATES = 4  # texts written, of which one is taken
 _HORIZON = 64  # tokens that a draft looks ahead, and so within which a word comes
@@ -51,6 +51,7 @@ class _Candidate:
         # After the last word a draft goes on until no stop string can begin in the word: a token has a byte or more.
         self.limit = min(_HORIZON if self.missing else max(_HORIZON, longest_stop), self.spare)
         self.draft, self.log_probabilities, self.data, self.half, self.tails = [], [], b"", b"", self.kept_tails
+        self.lacking = self.missing  # the words that come in the draft neither
         self.places, self.best = [], -np.inf  # where words were read whole, and the highest score of these
         self.trials = {}  # row -> `_Place`, where words are being read
         self.is_drafting, self.has_ended, self.first_logits = True, False, None
@@ -91,9 +92,10 @@ class Forcing:
             raise ValueError(f"The forced words need {needed} tokens, got max_new_tokens {max_new_tokens}. Allow more.")
         self._bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         banned = [word.encode("utf-8", "surrogatepass") for word in sampler.settings.banned]
-        shared = {*"".join(sampler.settings.banned), *b"".join(self._stop).decode("utf-8", "surrogatepass")}
+        shared = characters(b"".join([*banned, *self._stop]))
         can_part = any(not shared & set(self._characters(i)) for i in range(len(self._bytes)) if self._characters(i))
-        self._order = WordOrder(banned, self._stop, can_part)
+        self._order = WordOrder(banned, self._stop, self._words, can_part)
+        self._longest = max(map(len, self._words))
 
     def _characters(self, token: int) -> str:
         """Return the characters of a token that may stand between words, nothing for others."""
@@ -120,7 +122,7 @@ class Forcing:
 
     def begin(
         self, make_decoder: Callable[[int], Decoder], begins: list[list[int]], chance: Chance
-    ) -> list[tuple[int, list[int], float]]:
+    ) -> list[tuple[int, list[int]]]:
         """Write texts until all words have come and some tokens beyond.
 
         Args:
@@ -129,8 +131,8 @@ class Forcing:
             chance: of `CANDIDATES` rows for each text.
 
         Returns:
-            For each text the row of chance that it goes on with, the ids written, the last of them the end of document
-            if the text has ended, and the log-probability that the model gives to them.
+            For each text the row of chance that it goes on with, and the ids written, the last of them the end of
+            document if the text has ended.
         """
         prompts = [self._order.begin(b"".join(self._bytes[i] for i in begin)) for begin in begins]
         candidates = [
@@ -145,7 +147,7 @@ class Forcing:
                 self._keep(candidate)
         of_each = [candidates[i : i + CANDIDATES] for i in range(0, len(candidates), CANDIDATES)]
         taken = [max(those, key=lambda one: one.log_probability / max(1, len(one.kept))) for those in of_each]
-        return [(one.row, one.kept, one.log_probability) for one in taken]
+        return [(one.row, one.kept) for one in taken]
 
     def _draft(self, make_decoder, candidates: list[_Candidate], chance: Chance) -> None:
         """Draft each text to its end, or as far as it looks ahead, and read the words beside it."""
@@ -216,12 +218,11 @@ class Forcing:
         one.has_ended = token == self._sampler.eos or one.tails is None
         one.is_drafting = not one.has_ended
         text = one.written + one.data
-        if any(word in text[-len(word) - len(data) + 1 :] for word in one.missing):
+        if any(word in text[-len(word) - len(data) + 1 :] for word in one.lacking):
             if one.tails is None:
                 text = text[: min(text.index(end) for end in self._stop if end in text)]
-            rest = tuple(word for word in one.missing if word not in text)
-            room = self._room - len(one.kept) - len(one.draft) - sum(len(one.missing[word]) for word in rest)
-            if len(rest) < len(one.missing) and (not rest or self._order.fits(one.tails, rest, room)):
+            before, one.lacking = one.lacking, {word: ids for word, ids in one.lacking.items() if word not in text}
+            if len(one.lacking) < len(before) and self._fits(one, one.tails, one.lacking, len(one.draft)):
                 one.found(_Place(len(one.draft), [], 0, 0.0))
 
     # --- words beside a draft ---------------------------------------------------------------------------------
@@ -243,9 +244,11 @@ class Forcing:
         if one.half:
             return []
         trials = []
-        for word, ids in one.missing.items():
+        for word, ids in one.lacking.items():
             place = _Place(len(one.draft), ids, 1, float(log_probabilities[ids[0]]))
-            if place.score > one.best and self._may_come(one, one.tails, word, one.spare - len(one.draft)):
+            if place.score > one.best and self._may_come(
+                one, one.tails, one.written + one.data, one.lacking, word, len(one.draft)
+            ):
                 if len(ids) == 1:
                     one.found(place)
                 else:
@@ -284,10 +287,17 @@ class Forcing:
         one.kept_tails = functools.reduce(self._order.after, (self._bytes[i] for i in kept), one.kept_tails)
         one.is_done |= one.kept_tails is None  # at a stop string, before which all words have come
 
-    def _may_come(self, one: _Candidate, tails, word: bytes, room: int) -> bool:
-        """Tell whether a word may come, and the others after it, with so many tokens of room for what parts them."""
-        others = tuple(other for other in one.missing if other != word)
-        return self._order.fits(self._order.after(tails, word), others, room)
+    def _may_come(self, one: _Candidate, tails, text: bytes, lacking, word: bytes, num_tokens: int) -> bool:
+        """Tell whether a word may follow a text of so many tokens beyond what is kept, and the words it lacks then."""
+        end = text[-self._longest :] + word
+        rest = {other: ids for other, ids in lacking.items() if other not in end}
+        tails = self._order.after(tails, word)
+        return tails is not None and self._fits(one, tails, rest, num_tokens + len(one.missing[word]))
+
+    def _fits(self, one: _Candidate, tails, lacking: dict[bytes, list[int]], num_tokens: int) -> bool:
+        """Tell whether the words that a text lacks, of so many tokens beyond what is kept, may follow it."""
+        room = self._room - len(one.kept) - num_tokens - sum(map(len, lacking.values()))
+        return room >= 0 and (not lacking or self._order.fits(tails, lacking, room))
 
     # --- words that have no place ----------------------------------------------------------------------------
 
@@ -302,12 +312,13 @@ class Forcing:
     def _bridged(self, one: _Candidate) -> list[int]:
         """Return a word, after the likeliest token that parts it from the text if it would complete a banned one."""
         for word, ids in one.missing.items():
-            if self._may_come(one, one.kept_tails, word, one.spare):
+            if self._may_come(one, one.kept_tails, one.written, one.missing, word, 0):
                 return ids
         for token in np.argsort(-one.first_logits, kind="stable").tolist() if one.spare > 0 else ():
             if self._characters(token) and (tails := self._order.after(one.kept_tails, self._bytes[token])) is not None:
+                text = one.written + self._bytes[token]
                 for word, ids in one.missing.items():
-                    if self._may_come(one, tails, word, one.spare - 1):
+                    if self._may_come(one, tails, text, one.missing, word, 1):
                         return [token, *ids]
         words = ", ".join(repr(word.decode("utf-8", "surrogatepass")) for word in one.missing)
         raise ValueError(

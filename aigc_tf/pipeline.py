@@ -258,22 +258,19 @@ def _encode(documents: list[str], unit: str, vocab_size: int | None, user_dict, 
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         return tokenizer, open_store(folder / "tokens", tokenizer)
 
-    with contextlib.suppress(FileNotFoundError, ValueError):  # there is none, or it is damaged
-        return opened()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with beside(folder) as new:
-        new.mkdir()
-        tokenizer = trained()
-        make_store(documents, tokenizer, new / "tokens", processes)
-        tokenizer.save(new / "tokenizer.json")
+    with locked(folder.parent, wait=True):  # until another run has encoded the same text
         try:
-            rename(new, folder)
-        except OSError:  # there is one, which another run has made meanwhile
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                return opened()
-            shutil.rmtree(folder)  # or which is damaged
-            rename(new, folder)
-    return opened()
+            return opened()
+        except (FileNotFoundError, ValueError):  # there is none, or it is damaged
+            shutil.rmtree(folder, ignore_errors=True)
+        with beside(folder) as new:
+            new.mkdir()
+            tokenizer = trained()
+            make_store(documents, tokenizer, new / "tokens", processes)
+            tokenizer.save(new / "tokenizer.json")
+            if not folder.exists():  # where there are no locks, another run may have been sooner
+                rename(new, folder)
+        return opened()
 
 
 def usual_steps(num_tokens: int, tokens_per_step: int) -> int:

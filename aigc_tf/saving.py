@@ -72,7 +72,7 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword")
             # The same graph as a model that was never compiled: no optimizer state in the file.
-            keras.Model(model.input, model.output, name=model.name).save(folder / _MODEL)
+            keras.Model(model.inputs[0], model.outputs[0], name=model.name).save(folder / _MODEL)
         sync(folder / _MODEL)
         tokenizer.save(folder / _TOKENIZER)
         run["sha256"] = {name: _sha256(folder / name) for name in (_MODEL, _TOKENIZER)}
@@ -112,7 +112,7 @@ def _with_record(run: dict, record: dict) -> dict:
         raise ValueError(f"{_RUN} tells {', '.join(_OF_SAVE)} itself, got {', '.join(taken)}. Name it otherwise.")
     run = {**run, **record}
     try:
-        _check_run(from_json(json.dumps(run)))
+        _check_run(from_json(json.dumps(run, ensure_ascii=False).encode()))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{_RUN} cannot hold what was given: {error}.") from None
     return run
@@ -163,7 +163,8 @@ def _load(path: Path):
     except (MemoryError, OSError):
         raise
     except Exception as error:  # of any kind, as Keras builds whatever its configuration says
-        raise ValueError(f"Keras {keras.__version__} cannot load {file}: {error or type(error).__name__}.") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"Keras {keras.__version__} cannot load {file}: {reason}.") from error
     return model, Tokenizer.load(_file(path, _TOKENIZER))
 
 

@@ -179,12 +179,11 @@ def as_user_dict(user_dict: Sequence[str] | str | os.PathLike) -> tuple[str, ...
     """Read a user dictionary if a file is named, else take its lines; refuse one that is no line of a dictionary."""
     lines = load_user_dict(user_dict) if isinstance(user_dict, (str, os.PathLike)) else tuple(user_dict)
     # jieba keeps every beginning of a word: memory grows with the square of its length.
-    for i, line in enumerate(lines):
-        if len(line) > _LONGEST_LINE:
-            raise ValueError(
-                f"A line of a user dictionary must have at most {_LONGEST_LINE} characters, but line {i + 1} has "
-                f"{len(line):,}: {line[:20]!r} ... Put each word on a line of its own."
-            )
+    if long := next((line for line in lines if len(line) > _LONGEST_LINE), None):
+        raise ValueError(
+            f"A line of a user dictionary must have at most {_LONGEST_LINE} characters, but one has {len(long):,}: "
+            f"{long[:20]!r} ... Put each word on a line of its own."
+        )
     return lines
 
 

@@ -107,7 +107,7 @@ def tune(
     show = print if progress else _show_nothing
     began = time.monotonic()
     with locked(folder):
-        records = _read_records(folder, search)
+        records = _read_records(folder, search, space)
         _keep_best(folder, records)
         if records:
             show(f"{_counted(records)} kept in {folder} from an earlier call", flush=True)
@@ -247,7 +247,7 @@ def _run_trial(documents: list[str], folder: Path, number: int, settings: dict, 
     except Exception as caught:
         if not _is_failure_of_settings(caught):
             raise
-        bits, error = None, textwrap.shorten(str(caught) or type(caught).__name__, 500, placeholder=" ...")
+        bits, error = None, textwrap.shorten(str(caught), 500, placeholder=" ...") or type(caught).__name__
     seconds = round(time.monotonic() - began, 3)
     return {"trial": number, "settings": settings, "bits_per_char": bits, "seconds": seconds, "error": error}
 
@@ -276,7 +276,7 @@ def _is_failure_of_settings(error: Exception) -> bool:
     return is_out_of_memory or isinstance(error, ValueError)
 
 
-def _read_records(folder: Path, search: dict) -> list[dict]:
+def _read_records(folder: Path, search: dict, space: dict) -> list[dict]:
     """Read the trials of an earlier call, or begin the folder of a new search."""
     file = folder / _TRIALS
     if not file.exists():
@@ -284,28 +284,38 @@ def _read_records(folder: Path, search: dict) -> list[dict]:
             raise ValueError(f"{folder} exists, is not empty, and holds no {_TRIALS}. Name another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, {**search, "trials": []})
+    damaged = ValueError(f"{file} is damaged. Name another folder.")
     try:
         found = from_json(file.read_text("utf-8"))
         records = found["trials"]
-        for record in records:
-            _check_record(**record)
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file} is damaged. Name another folder.") from None
-    # json.dumps, as the order of the settings and of the choices decides what the seed proposes
-    differs = [name for name in search if json.dumps(found.get(name)) != json.dumps(search[name])]
+        # json.dumps, as the order of the settings and of the choices decides what the seed proposes
+        differs = [name for name in search if json.dumps(found.get(name)) != json.dumps(search[name])]
+        is_whole = isinstance(records, list) and all(differs or _is_record(space, **record) for record in records)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        raise damaged from None
     if differs:
         raise ValueError(
             f"{folder} belongs to a search with another {' and another '.join(differs)}. "
             "Call tune() as before, or name another folder."
         )
+    if not is_whole:
+        raise damaged
     return records
 
 
-def _check_record(trial: int, settings: dict, bits_per_char: float | None, seconds: float, error: str | None) -> None:
-    """Refuse what is not the record of a trial."""
-    is_well = isinstance(error, str) if bits_per_char is None else error is None and math.isfinite(bits_per_char)
-    if not (is_well and isinstance(trial, int) and isinstance(settings, dict) and math.isfinite(seconds)):
-        raise ValueError
+def _is_record(space: dict, trial: int, settings: dict, bits_per_char: float | None, seconds: float, error) -> bool:
+    """Tell whether these are of a trial: numbers, settings of the space, and either a figure or an error."""
+
+    def is_one_of(values, value):
+        return value in values if isinstance(values, list) else values[0] <= value <= values[1]
+
+    has_failed = isinstance(error, str) and error and bits_per_char is None
+    return (
+        (has_failed or (error is None and math.isfinite(bits_per_char)))
+        and isinstance(trial, int)
+        and math.isfinite(seconds)
+        and all(is_one_of(space[name], value) for name, value in settings.items())
+    )
 
 
 def _keep_best(folder: Path, records: list[dict]) -> None:

@@ -17,13 +17,16 @@ class WordOrder:
     Args:
         banned: the banned words, which may not arise from the end of a prompt either.
         stop: the stop strings, which count in what is written alone.
+        words: the forced words.
         can_part: whether there is a token that keeps any two words apart.
     """
 
-    def __init__(self, banned: Iterable[bytes], stop: Iterable[bytes], can_part: bool):
+    def __init__(self, banned: Iterable[bytes], stop: Iterable[bytes], words: Iterable[bytes], can_part: bool):
         self._words = frozenset(banned), frozenset(stop)
         self._ordered = [sorted(words) for words in self._words]
         self._sizes = [{len(word) for word in words} for words in self._words]
+        shared = characters(b"".join([*self._words[0], *self._words[1]]))
+        self._apart = {word for word in words if not shared & characters(word)}
         self._can_part = can_part
         self._found = {}  # (tails, words) -> the partings of an order that was found
         self.after = functools.cache(self._after)
@@ -50,40 +53,15 @@ class WordOrder:
             new.append(tail)
         return tuple(new)
 
-    def partings(self, tails: Tails, words: Iterable[bytes]) -> float:
-        """Return how many parting tokens suffice for words to follow, infinity if no order was found.
+    def partings(self, tails: Tails, words: Collection[bytes]) -> float:
+        """Return how many tokens that part suffice for words to follow, infinity if no order was found.
 
-        Of up to `EVERY_ORDER` words it is the fewest. Of more one order is looked for, which `fits` will know.
+        Words that share no character with what may not arise part others, too. Of up to `EVERY_ORDER` others it is the
+        fewest. Of more one order is looked for, which `fits` will know.
         """
-        words = frozenset(words)
-        follow = functools.cache(lambda tails: {word for word in words if self.after(tails, word) is not None})
-        left, order = set(words), []
-        while len(left) > EVERY_ORDER:
-            parted = not follow(tails) & left
-            before = (b"", b"") if parted else tails
-            if parted and not (self._can_part and follow(before) & left):
-                return math.inf
-            # First what leaves the fewest ways to go on, but for none: later they may be gone.
-            ways = {word: len(follow(self.after(before, word)) & left - {word}) for word in follow(before) & left}
-            word = min(sorted(ways), key=lambda word: ways[word] or math.inf)
-            order.append((tails, frozenset(left), parted))
-            left.remove(word)
-            tails = self.after(before, word)
-        cost = self._fewest(tails, frozenset(left))
-        for tails, words, parted in reversed(order):
-            cost = min(cost + parted, self._found.get((tails, words), math.inf))
-            self._found[tails, words] = cost
-        return cost
-
-    def _fewest_partings(self, tails: Tails, words: frozenset[bytes]) -> float:
-        fewest = math.inf if words else 0
-        for cost, before in ((0, tails), (1, (b"", b""))) if self._can_part else ((0, tails),):
-            for word in sorted(words):
-                if cost >= fewest:
-                    return fewest
-                if (after := self.after(before, word)) is not None:
-                    fewest = min(fewest, cost + self._fewest(after, words - {word}))
-        return fewest
+        others = frozenset(words) - self._apart
+        more = self._look_for_order(tails, others) - (len(words) - len(others))
+        return max(0, more) if self._can_part or more <= 0 else math.inf
 
     def fits(self, tails: Tails | None, words: Collection[bytes], room: float) -> bool:
         """Tell whether words may follow with so many tokens of room for what parts them.
@@ -92,8 +70,47 @@ class WordOrder:
         """
         if tails is None or room < 0:
             return False
-        if self._can_part and room >= len(words):
+        others = frozenset(words) - self._apart
+        num_parting = len(words) - len(others) + (room if self._can_part else 0)
+        if num_parting >= len(others):
             return True
-        words = frozenset(words)
-        known = self._fewest(tails, words) if len(words) <= EVERY_ORDER else self._found.get((tails, words), math.inf)
-        return known <= room
+        if len(others) <= EVERY_ORDER:
+            return self._fewest(tails, others) <= num_parting
+        return self._found.get((tails, others), math.inf) <= num_parting
+
+    def _look_for_order(self, tails: Tails, words: frozenset[bytes]) -> float:
+        follow = functools.cache(lambda tails: {word for word in words if self.after(tails, word) is not None})
+        left, order = words, []
+        while len(left) > EVERY_ORDER and (tails, left) not in self._found:
+            parted = not follow(tails) & left
+            order.append((tails, left, parted))
+            if parted:
+                tails = b"", b""
+                if not follow(tails) & left:
+                    return math.inf
+                order.append((tails, left, False))
+            # First what leaves the fewest ways to go on, but for none: later they may be gone.
+            ways = {word: len(follow(self.after(tails, word)) & left - {word}) for word in follow(tails) & left}
+            word = min(sorted(ways), key=lambda word: ways[word] or math.inf)
+            left -= {word}
+            tails = self.after(tails, word)
+        cost = self._fewest(tails, left) if len(left) <= EVERY_ORDER else self._found[tails, left]
+        for *state, parted in reversed(order):
+            cost += parted
+            self._found[tuple(state)] = cost
+        return cost
+
+    def _fewest_partings(self, tails: Tails, words: frozenset[bytes]) -> float:
+        fewest = math.inf if words else 0
+        for cost, before in ((0, tails), (1, (b"", b""))):
+            for word in sorted(words):
+                if cost >= fewest:
+                    return fewest
+                if (after := self.after(before, word)) is not None:
+                    fewest = min(fewest, cost + self._fewest(after, words - {word}))
+        return fewest
+
+
+def characters(data: bytes) -> set[str]:
+    """Return the characters of a string in UTF-8."""
+    return set(data.decode("utf-8", "surrogatepass"))

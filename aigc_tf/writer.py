@@ -10,7 +10,7 @@ from .beams import search_beams
 from .decoding import Decoder, decoder
 from .forcing import CANDIDATES, Forcing
 from .hardware import available_bytes, machine_bytes
-from .sampler import Sampler, check_words
+from .sampler import Sampler
 from .sampling import log_softmax
 from .texts import Chance, Texts, log_probabilities
 from .weights import LstmWeights, TransformerWeights
@@ -52,8 +52,7 @@ class Writer:
         self._tokenizer, self._engine, self._source = tokenizer, engine, source
         self._sampler = Sampler(tokenizer, settings, compiled=engine == "numba")
         self._max_new_tokens = int(max_new_tokens)
-        self._stop = check_words("stop", stop)
-        self._stop_bytes = [end.encode("utf-8", "surrogatepass") for end in self._stop]
+        self._stop_bytes = [end.encode("utf-8", "surrogatepass") for end in stop]
         self._forcing = None
         if settings.forced:
             self._forcing = Forcing(self._sampler, tokenizer, self._max_new_tokens, self._stop_bytes)
@@ -81,8 +80,8 @@ class Writer:
         numbers = range(samples.start * each, samples.stop * each)
         chance = Chance([(seed + i, j) if j else seed + i for i in range(len(begins)) for j in numbers])
         begins = [begin for begin in begins for _ in samples]
+        rows, ids = self._begin(begins, chance)
         scores = np.zeros(len(begins))
-        rows, ids = self._begin(begins, chance, scores)
         over = np.array([self._is_over(those) for those in ids])
         # Forced words were not read in one go from the prompt, as the model reads a text: that is done at the end.
         at_once = scored and self._forcing is None
@@ -99,7 +98,7 @@ class Writer:
     def stream(self, begin: list[int], seed: int) -> Iterator[int]:
         """Write one text, and give its ids as they come."""
         chance = Chance([(seed, j) if j else seed for j in range(CANDIDATES if self._forcing else 1)])
-        rows, (ids,) = self._begin([begin], chance, np.zeros(1))
+        rows, (ids,) = self._begin([begin], chance)
         yield from ids
         over = np.array([self._is_over(ids)])
         for column in self._steps([begin], [ids], chance, rows, over, None):
@@ -114,7 +113,7 @@ class Writer:
                 f"{max(0, free) / 1e9:.3g} GB are free. Lower num_beams."
             )
         texts = Texts(self._decoder(len(begins) * num_beams), [begin for begin in begins for _ in range(num_beams)])
-        is_stopped = self._is_stopped if self._stop else None
+        is_stopped = self._is_stopped if self._stop_bytes else None
         found = search_beams(texts, self._sampler, num_beams, self._max_new_tokens, length_penalty, is_stopped)
         if not scored:
             return [(ids, None) for ids in found]
@@ -152,11 +151,11 @@ class Writer:
     def _is_over(self, ids: list[int]) -> bool:
         return len(ids) >= self._max_new_tokens or self._is_stopped(ids)
 
-    def _begin(self, begins, chance, scores) -> tuple[np.ndarray, list[list[int]]]:
+    def _begin(self, begins, chance) -> tuple[np.ndarray, list[list[int]]]:
         """Write what must come first: forced words and what is before; return the row of chance and the ids of each."""
         if self._forcing is None:
             return np.arange(len(begins)), [[] for _ in begins]
-        rows, ids, scores[:] = zip(*self._forcing.begin(self._decoder, begins, chance), strict=True)
+        rows, ids = zip(*self._forcing.begin(self._decoder, begins, chance), strict=True)
         return np.array(rows), list(ids)
 
     def _steps(self, begins, ids, chance, rows, over, scores) -> Iterator[np.ndarray]:

@@ -1,11 +1,13 @@
 """Files: what is written is whole or not there at all."""
 
+import errno
 import json
 import os
 import stat
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -171,6 +173,26 @@ def test_leftovers_that_cannot_be_deleted_keep_nobody_from_writing(tmp_path, mon
     write_json(tmp_path / "a.json", {})
     assert (tmp_path / ".0123456789ab-.lock").exists()
     monkeypatch.undo()
+    write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other locks")
+@pytest.mark.parametrize("why", ["another host", "no locks"])
+def test_leftovers_of_which_nobody_can_tell_stay_for_a_day(tmp_path, monkeypatch, why):
+    lock, left = tmp_path / ".0123456789ab-.lock", tmp_path / ".0123456789ab-step.npz"
+    lock.write_text("process 1 on another host")
+    left.touch()
+
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if why == "no locks":
+        monkeypatch.setattr("aigc_tf.files.fcntl.flock", fail)
+    write_json(tmp_path / "a.json", {})
+    assert lock.exists()
+    assert left.exists()
+    os.utime(lock, (0, time.time() - 2 * 86400))
     write_json(tmp_path / "a.json", {})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 

@@ -317,6 +317,28 @@ def test_many_words_of_which_most_pairs_are_banned_come_in_the_room_they_need(nu
     assert not any(word in text for word in banned)
 
 
+@given(
+    st.sets(st.text("白日依山水木火土金一二三é", min_size=1, max_size=2), min_size=11, max_size=16),
+    st.sets(st.text("白日依山水木", min_size=2, max_size=3), max_size=9),
+    st.integers(0, 12),
+    st.sampled_from([*WANTED, "some"]),
+    st.integers(0, 9),
+)
+def test_many_words_come_though_a_draft_holds_some_of_them(words, banned, extra, wanted, seed):
+    words = [word for word in words if not any(word in other for other in words if other != word)]
+    banned = [end for end in banned if not any(end in word for word in words)]
+    wanted = WANTED.get(wanted, [TOKENIZER.piece_id(char) for char in "白日依山"])
+    try:
+        ids = write(words, room(*words) + extra, wanted, seed=seed, banned=banned)
+    except ValueError as error:
+        needed = int(re.search(r"need (\d+), got", str(error))[1])
+        assert needed > room(*words) + extra
+        ids = write(words, needed, wanted, seed=seed, banned=banned)
+    text = TOKENIZER.decode(ids)
+    assert all(word in text for word in words)
+    assert not any(word in text for word in banned)
+
+
 def test_a_word_that_comes_at_once_has_the_probability_that_the_model_gives_it():
     hill, lean, sun, white = TOKENIZER.encode("山依日白")
     model = table_model(TOKENIZER, {BOS: [hill, lean, sun], sun: [white, lean], white: [hill, sun]})

@@ -1,4 +1,8 @@
+import contextlib
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -120,7 +124,33 @@ def test_a_store_of_other_text_is_not_taken(documents, tmp_path):
     np.testing.assert_array_equal(_encode(documents, "char", None, (), tmp_path)[1], ids)
 
 
-def test_what_another_run_has_encoded_meanwhile_is_taken(documents, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", ["nothing", "a damaged store"])
+def test_of_two_runs_one_encodes_and_the_other_waits_for_it(documents, tmp_path, monkeypatch, before):
+    if before != "nothing":
+        _encode(documents, "char", None, (), tmp_path)
+        next(tmp_path.glob("*/tokens/tokens.bin")).write_bytes(b"")
+    train, begun, num_trained = aigc_tf.Tokenizer.train, threading.Event(), []
+
+    def slowly(*args, **kwargs):
+        num_trained.append(1)
+        begun.set()
+        time.sleep(0.3)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(aigc_tf.Tokenizer, "train", slowly)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(_encode, documents, "char", None, (), tmp_path)
+        begun.wait()
+        second = pool.submit(_encode, documents, "char", None, (), tmp_path)
+        (tokenizer, ids), (same, same_ids) = first.result(), second.result()
+    assert len(num_trained) == 1
+    assert same.fingerprint == tokenizer.fingerprint
+    np.testing.assert_array_equal(same_ids, ids)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_store_without_locks_is_that_of_who_was_sooner(documents, tmp_path, monkeypatch):
+    monkeypatch.setattr("aigc_tf.pipeline.locked", lambda folder, wait: contextlib.nullcontext())
     train, of_others = aigc_tf.Tokenizer.train, []
 
     def train_while_another_does(*args, **kwargs):
@@ -129,8 +159,7 @@ def test_what_another_run_has_encoded_meanwhile_is_taken(documents, tmp_path, mo
         return train(*args, **kwargs)
 
     monkeypatch.setattr(aigc_tf.Tokenizer, "train", train_while_another_does)
-    tokenizer, ids = _encode(documents, "char", None, (), tmp_path)
-    assert tokenizer.fingerprint == of_others[0][0].fingerprint
+    _, ids = _encode(documents, "char", None, (), tmp_path)
     assert ids.filename == of_others[0][1].filename
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -241,8 +241,9 @@ def nested(depth):
         {"settings": {"valid_fraction": 2}},
         {"figures": nested(150)},
         {"figures": {1, 2}},
+        {"sample": "\ud800"},
     ],
-    ids=str,
+    ids=ascii,
 )
 def test_a_record_that_could_not_be_read_again_is_refused(trained, tokenizer, tmp_path, record):
     save(tmp_path, trained, tokenizer, figures={"bits": 7.5})
@@ -395,6 +396,24 @@ def test_a_writer_and_another_tokenizer_do_not_belong_together(trained, tokenize
     save(tmp_path, trained, tokenizer)
     writer, _ = load_writer(tmp_path)
     assert "same vocabulary size" in message_of(ValueError, generate, writer, Tokenizer.train(["别的"]), "白")
+
+
+def test_a_sequential_model_that_was_never_called_is_saved(tokenizer, tmp_path):
+    size = tokenizer.vocab_size
+    model = keras.Sequential([keras.Input((8,), dtype="int32"), keras.layers.Embedding(size, size)])
+    save(tmp_path, model, tokenizer)
+    ids = np.arange(8)[None]
+    np.testing.assert_array_equal(load(tmp_path)[0](ids), model(ids))
+
+
+def test_an_error_of_keras_that_says_nothing_is_named(trained, tokenizer, tmp_path, monkeypatch):
+    save(tmp_path, trained, tokenizer)
+
+    def fail(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr("aigc_tf.devices.keras.models.load_model", fail)
+    assert message_of(ValueError, load, tmp_path).endswith("model.keras: AssertionError.")
 
 
 # --- folders of strangers --------------------------------------------------------------------------------------

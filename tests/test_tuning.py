@@ -104,9 +104,12 @@ def test_another_search_is_refused_in_the_same_folder(documents, tmp_path):
     assert "holds no trials.json" in message_of(ValueError, tune, documents, tmp_path, RATES, trials=1)
     record = json.loads(before)["trials"][0]
     wrong = [None, 1, {}, {**record, "more": 1}, {**record, "trial": "1"}, {**record, "settings": []}]
-    wrong += [{**record, "bits_per_char": None}, {**record, "bits_per_char": "7"}, {**record, "seconds": None}]
+    wrong += [{**record, name: value} for name in ("bits_per_char", "seconds") for value in (None, "7", 10**400)]
+    wrong += [{**record, "bits_per_char": None, "error": ""}, {**record, "error": "out of memory"}]
+    wrong += [{**record, "settings": {"learning_rate": value}} for value in (0.5, "a", None)]
+    wrong += [{**record, "settings": {"width": 1}}]
     contents = ["{", *(json.dumps({**json.loads(before), "trials": [one]}) for one in wrong)]
-    contents += [json.dumps({**json.loads(before), "trials": trials}) for trials in (None, 1, {"a": 1})]
+    contents += [json.dumps({**json.loads(before), "trials": trials}) for trials in (None, 1, {}, "", {"a": 1})]
     for content in contents:
         (folder / "trials.json").write_text(content)
         assert "damaged" in message_of(ValueError, tune, documents, folder, RATES, trials=2, **SMALL), content
