@@ -17,7 +17,7 @@ from .decoding import Decoder
 from .sampler import Sampler
 from .texts import Chance, Texts, finite_log_softmax, log_probabilities
 from .tokenizer import Tokenizer, complete_characters
-from .word_order import EVERY_ORDER, WordOrder, characters
+from .word_order import EVERY_ORDER, WordOrder
 
 CANDIDATES = 4  # texts written, of which one is taken
 _HORIZON = 64  # tokens that a draft looks ahead, and so within which a word comes
@@ -92,9 +92,8 @@ class Forcing:
             raise ValueError(f"The forced words need {needed} tokens, got max_new_tokens {max_new_tokens}. Allow more.")
         self._bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         banned = [word.encode("utf-8", "surrogatepass") for word in sampler.settings.banned]
-        shared = characters(b"".join([*banned, *self._stop]))
-        can_part = any(not shared & set(self._characters(i)) for i in range(len(self._bytes)) if self._characters(i))
-        self._order = WordOrder(banned, self._stop, self._words, can_part)
+        between = filter(None, map(self._characters, range(len(self._bytes))))
+        self._order = WordOrder(banned, self._stop, self._words, between)
         self._longest = max(map(len, self._words))
 
     def _characters(self, token: int) -> str:

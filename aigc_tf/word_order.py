@@ -18,16 +18,16 @@ class WordOrder:
         banned: the banned words, which may not arise from the end of a prompt either.
         stop: the stop strings, which count in what is written alone.
         words: the forced words.
-        can_part: whether there is a token that keeps any two words apart.
+        between: the characters of each token that may stand between words.
     """
 
-    def __init__(self, banned: Iterable[bytes], stop: Iterable[bytes], words: Iterable[bytes], can_part: bool):
+    def __init__(self, banned: Iterable[bytes], stop: Iterable[bytes], words: Iterable[bytes], between: Iterable[str]):
         self._words = frozenset(banned), frozenset(stop)
         self._ordered = [sorted(words) for words in self._words]
         self._sizes = [{len(word) for word in words} for words in self._words]
-        shared = characters(b"".join([*self._words[0], *self._words[1]]))
-        self._apart = {word for word in words if not shared & characters(word)}
-        self._can_part = can_part
+        shared = _characters(b"".join([*self._words[0], *self._words[1]]))
+        self._apart = {word for word in words if not shared & _characters(word)}
+        self._can_part = any(not shared & set(token) for token in between)
         self._found = {}  # (tails, words) -> the partings of an order that was found
         self.after = functools.cache(self._after)
         self._fewest = functools.cache(self._fewest_partings)
@@ -111,6 +111,5 @@ class WordOrder:
         return fewest
 
 
-def characters(data: bytes) -> set[str]:
-    """Return the characters of a string in UTF-8."""
+def _characters(data: bytes) -> set[str]:
     return set(data.decode("utf-8", "surrogatepass"))
