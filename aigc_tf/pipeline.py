@@ -258,10 +258,12 @@ def _encode(documents: list[str], unit: str, vocab_size: int | None, user_dict, 
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         return tokenizer, open_store(folder / "tokens", tokenizer)
 
+    with contextlib.suppress(FileNotFoundError, ValueError):  # there is none yet, or it is damaged
+        return opened()
     with locked(folder.parent, wait=True):  # until another run has encoded the same text
         try:
             return opened()
-        except (FileNotFoundError, ValueError):  # there is none, or it is damaged
+        except (FileNotFoundError, ValueError):
             shutil.rmtree(folder, ignore_errors=True)
         with beside(folder) as new:
             new.mkdir()
