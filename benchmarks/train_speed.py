@@ -6,6 +6,13 @@
     python benchmarks/train_speed.py --dropout 0.1                       # as `aigc-tf train` does unless told otherwise
     python benchmarks/train_speed.py --allocators glibc kept             # what it matters where memory comes from
 
+As a processor without AVX-512 would do it, on one that has it; what PyTorch has compiled for another must not be found:
+
+    export XLA_FLAGS=--xla_cpu_max_isa=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+    export ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=/tmp/inductor-avx2
+    export NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma,+bmi,+bmi2
+    python benchmarks/train_speed.py --precision float32 --sizes S
+
 A step is forward, backward, clipping by the global norm and AdamW, on random ids of a vocabulary of 8,192. S is 4
 layers, 256 wide, context 128, batch 32; M is 6 layers, 384 wide, context 256, batch 16. The Transformers have the shape
 of GPT-2 (learned positions, biases, GELU by tanh, the token embedding as head); the LSTMs 2 layers, 512 wide at S and
