@@ -2,7 +2,7 @@
 
 import bisect
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class BannedWords:
         longest: how many bytes of a text tell at most what would complete a word.
     """
 
-    def __init__(self, words: Iterable[bytes], token_bytes: list[bytes]):
+    def __init__(self, words: Iterable[bytes], token_bytes: Sequence[bytes]):
         words = _closed(set(words))
         self._token_bytes = token_bytes
         self.held = [i for i, data in enumerate(token_bytes) if _holds(data, words, set(map(len, words)))]

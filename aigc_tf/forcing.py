@@ -90,7 +90,7 @@ class Forcing:
         needed = sum(map(len, self._words.values()))
         if needed > max_new_tokens:
             raise ValueError(f"The forced words need {needed} tokens, got max_new_tokens {max_new_tokens}. Allow more.")
-        self._bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self._bytes = tokenizer.bytes_of_tokens
         banned = [word.encode("utf-8", "surrogatepass") for word in sampler.settings.banned]
         between = filter(None, map(self._characters, range(len(self._bytes))))
         self._order = WordOrder(banned, self._stop, self._words, between)

@@ -144,8 +144,8 @@ class Sampler:
         if np.isposinf(self.bias).any():
             raise ValueError("logit_bias of a token that is named twice adds up to infinity. Lower it.")
         self.bias[[tokenizer.PAD, tokenizer.BOS]] = -np.inf
-        token_bytes = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] if settings.banned else []
-        self.banned = BannedWords((word.encode("utf-8", "surrogatepass") for word in settings.banned), token_bytes)
+        banned = [word.encode("utf-8", "surrogatepass") for word in settings.banned]
+        self.banned = BannedWords(banned, tokenizer.bytes_of_tokens if banned else ())
         self.bias[self.banned.held] = -np.inf
         self.biases, self.after = _by_pending(self.bias, tokenizer.BYTES)
         self.bias = self.biases[0]

@@ -200,9 +200,13 @@ class Tokenizer:
 
     def token_bytes(self, i: int) -> bytes:
         """Return the UTF-8 bytes that a token stands for; a special one stands for none."""
-        if i < _FIRST_BYTE:
-            return b""
-        return bytes([i - _FIRST_BYTE]) if i < _FIRST_PIECE else self.pieces[i - _FIRST_PIECE].encode()
+        return self.bytes_of_tokens[i]
+
+    @functools.cached_property
+    def bytes_of_tokens(self) -> tuple[bytes, ...]:
+        """The UTF-8 bytes that each token stands for, by its id."""
+        pieces = (piece.encode() for piece in self.pieces)
+        return *([b""] * _FIRST_BYTE), *(bytes([byte]) for byte in range(256)), *pieces
 
     def piece_id(self, piece: str) -> int | None:
         """Return the id of a piece of the vocabulary, or None if there is none."""

@@ -45,7 +45,7 @@ class WordOrder:
         """Return the tails once bytes were written, None if they complete a banned word or a stop string."""
         new = []
         for i, tail in enumerate(tails):
-            for byte in data:
+            for byte in data if self._words[i] else b"":
                 tail += bytes([byte])
                 if any(tail[-size:] in self._words[i] for size in self._sizes[i]):
                     return None
