@@ -1,7 +1,7 @@
 """What words that a poem must contain cost: its form, whether they are there, and the time.
 
-    aigc-tf demo                                                          # trains the two models
-    python benchmarks/forced_words.py aigc_demo/transformer aigc_demo/lstm
+    aigc-tf demo                              # trains the two models
+    python benchmarks/forced_words.py
 
 The words are the first two characters of clauses of poems that the models never saw, drawn alike for each model. A poem
 starts from nothing, with the default settings and a seed of its own; the right form is that of the demo, two lines of
@@ -17,11 +17,14 @@ import aigc_tf
 from aigc_tf.demo import is_quatrain
 
 LENGTH = 64
+DEMO = ["runs/demo/transformer", "runs/demo/lstm"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of the demo")
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN", default=DEMO, help="run folders of the demo (default: its own)"
+    )
     parser.add_argument("--poems", type=int, default=200, help="how many of each kind")
     options = parser.parse_args()
     _, held_out = aigc_tf.split(aigc_tf.load_corpus("tang_quatrains"))
