@@ -108,7 +108,7 @@ def beside(path) -> Iterator[Path]:
     # Of this writer alone, be it a process or a thread. The suffix stays last: Keras decides by it what to write.
     start = f".{uuid.uuid4().hex[:12]}-"
     temporary = path.with_name(start + path.name)
-    with _holding(path.with_name(start + LOCK), wait=True) as file:
+    with holding(path.with_name(start + LOCK), wait=True) as file:
         try:
             yield temporary
         finally:
@@ -142,8 +142,9 @@ def _lock_left(file: IO) -> None:
         if error.errno in _TAKEN or not is_old:
             raise
         return  # a file system without locks
+    file.seek(0)
     owner = file.read(200)
-    if owner and not is_old and not owner.endswith(socket.gethostname().encode()):
+    if owner and not is_old and not owner.endswith(f" on {socket.gethostname()}".encode()):
         raise BlockingIOError
 
 
@@ -175,8 +176,8 @@ def rename(path: Path, new: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder, wait: bool = False) -> Iterator[None]:
-    """Keep a folder, which is made if need be, for this thread: others that lock it meanwhile wait, or get an error.
+def locked(folder) -> Iterator[None]:
+    """Keep a folder, which is made if need be, for this thread: others that lock it meanwhile get an error.
 
     The system takes the lock back from a process that is killed. A folder made for the lock goes again if it stays
     empty.
@@ -191,7 +192,7 @@ def locked(folder, wait: bool = False) -> Iterator[None]:
     made = [path for path in lock.parents if not path.exists()]
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _holding(lock, wait):
+        with holding(lock):
             yield
     finally:
         with contextlib.suppress(OSError):  # it is not empty
@@ -200,7 +201,7 @@ def locked(folder, wait: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _holding(lock: Path, wait: bool = False) -> Iterator[IO]:
+def holding(lock: Path, wait: bool = False) -> Iterator[IO]:
     """Take a lock, whose file is made for it and deleted with it, and give that file."""
     file, key = _open_locked(lock, wait), lock.resolve()
     try:

@@ -25,12 +25,16 @@ _TRIALS = 2  # words that are read at a time beside a draft, each begun at anoth
 
 
 class _Place(NamedTuple):
-    """A word in a draft: how many tokens stand before it, its tokens, those read, and the log-probability of these."""
+    """A word in a draft: how many tokens stand before it, its tokens, those read, and the log-probability of these.
+
+    Also the words that are still to come after it.
+    """
 
     before: int
     ids: list[int]
     num_read: int
     score: float
+    left: dict[bytes, list[int]]
 
     @property
     def average(self) -> float:
@@ -222,7 +226,7 @@ class Forcing:
                 text = text[: min(text.index(end) for end in self._stop if end in text)]
             before, one.lacking = one.lacking, {word: ids for word, ids in one.lacking.items() if word not in text}
             if len(one.lacking) < len(before) and self._fits(one, one.tails, one.lacking, len(one.draft)):
-                one.found(_Place(len(one.draft), [], 0, 0.0))
+                one.found(_Place(len(one.draft), [], 0, 0.0, one.lacking))
 
     # --- words beside a draft ---------------------------------------------------------------------------------
 
@@ -244,10 +248,12 @@ class Forcing:
             return []
         trials = []
         for word, ids in one.lacking.items():
-            place = _Place(len(one.draft), ids, 1, float(log_probabilities[ids[0]]))
-            if place.score > one.best and self._may_come(
-                one, one.tails, one.written + one.data, one.lacking, word, len(one.draft)
-            ):
+            score, text = float(log_probabilities[ids[0]]), one.written + one.data
+            if score <= one.best:
+                continue
+            left = self._left_after(one, one.tails, text, one.lacking, word, len(one.draft))
+            if left is not None:
+                place = _Place(len(one.draft), ids, 1, score, left)
                 if len(ids) == 1:
                     one.found(place)
                 else:
@@ -277,21 +283,34 @@ class Forcing:
                 place = min(one.places, key=lambda place: place.before)
             kept, score = [*one.draft[: place.before], *place.ids], place.score
             one.log_probability += sum(one.log_probabilities[: place.before]) + score
+            one.missing = place.left
         else:
             one.log_probability += sum(one.log_probabilities)
             one.is_done = True
         one.kept = [*one.kept, *kept]
         one.written = b"".join(self._bytes[i] for i in one.kept)
-        one.missing = {word: ids for word, ids in one.missing.items() if word not in one.written}
         one.kept_tails = functools.reduce(self._order.after, (self._bytes[i] for i in kept), one.kept_tails)
         one.is_done |= one.kept_tails is None  # at a stop string, before which all words have come
 
-    def _may_come(self, one: _Candidate, tails, text: bytes, lacking, word: bytes, num_tokens: int) -> bool:
-        """Tell whether a word may follow a text of so many tokens beyond what is kept, and the words it lacks then."""
-        end = text[-self._longest :] + word
-        rest = {other: ids for other, ids in lacking.items() if other not in end}
-        tails = self._order.after(tails, word)
-        return tails is not None and self._fits(one, tails, rest, num_tokens + len(one.missing[word]))
+    def _left_after(self, one: _Candidate, tails, text: bytes, lacking, word: bytes, num_tokens: int) -> dict | None:
+        """Return the words that are still to come after a word, or None if they could not follow it.
+
+        A word that arises where others meet comes once more if it is needed to part others.
+
+        Args:
+            one: the candidate.
+            tails: of the text before the word.
+            text: that text.
+            lacking: the words that it lacks.
+            word: the word.
+            num_tokens: how many tokens of the text are not kept yet.
+        """
+        tails, end = self._order.after(tails, word), text[-self._longest :] + word
+        others = {other: ids for other, ids in lacking.items() if other != word}
+        unmet = {other: ids for other, ids in others.items() if other not in end}
+        num_tokens += len(one.missing[word])
+        fitting = (left for left in (unmet, others) if tails is not None and self._fits(one, tails, left, num_tokens))
+        return next(fitting, None)
 
     def _fits(self, one: _Candidate, tails, lacking: dict[bytes, list[int]], num_tokens: int) -> bool:
         """Tell whether the words that a text lacks, of so many tokens beyond what is kept, may follow it."""
@@ -304,21 +323,22 @@ class Forcing:
         """Let a word follow at once where it was read at no place: the model gives it no probability, or it may not."""
         if candidates:
             begins, bridges = [[*one.begin, *one.kept] for one in candidates], list(map(self._bridged, candidates))
-            scores = log_probabilities(Texts(make_decoder(len(begins)), begins), bridges)
-            for one, ids, score in zip(candidates, bridges, scores.tolist(), strict=True):
-                one.found(_Place(0, ids, len(ids), score))
+            scores = log_probabilities(Texts(make_decoder(len(begins)), begins), [ids for ids, _ in bridges])
+            for one, (ids, left), score in zip(candidates, bridges, scores.tolist(), strict=True):
+                one.found(_Place(0, ids, len(ids), score, left))
 
-    def _bridged(self, one: _Candidate) -> list[int]:
-        """Return a word, after the likeliest token that parts it from the text if it would complete a banned one."""
+    def _bridged(self, one: _Candidate) -> tuple[list[int], dict[bytes, list[int]]]:
+        """Return a word, after the likeliest token that parts it from the text if need be, and what is to come then."""
         for word, ids in one.missing.items():
-            if self._may_come(one, one.kept_tails, one.written, one.missing, word, 0):
-                return ids
+            left = self._left_after(one, one.kept_tails, one.written, one.missing, word, 0)
+            if left is not None:
+                return ids, left
         for token in np.argsort(-one.first_logits, kind="stable").tolist() if one.spare > 0 else ():
             if self._characters(token) and (tails := self._order.after(one.kept_tails, self._bytes[token])) is not None:
                 text = one.written + self._bytes[token]
                 for word, ids in one.missing.items():
-                    if self._may_come(one, tails, text, one.missing, word, 1):
-                        return [token, *ids]
+                    if (left := self._left_after(one, tails, text, one.missing, word, 1)) is not None:
+                        return [token, *ids], left
         words = ", ".join(repr(word.decode("utf-8", "surrogatepass")) for word in one.missing)
         raise ValueError(
             f"No room without a banned word or stop string for {words}. Raise max_new_tokens {self._room}."

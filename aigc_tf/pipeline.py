@@ -15,7 +15,7 @@ from .dataset import as_seed, make_dataset, make_store, open_store
 from .distribution import is_first_host, known_precision, num_hosts, num_replicas
 from .estimation import memory_warning
 from .evaluation import FINAL_TOKENS, baselines, evaluate, sample_documents
-from .files import beside, locked, rename
+from .files import beside, holding, locked, rename
 from .generation import generate
 from .initialisation import initialise
 from .models import build
@@ -100,7 +100,8 @@ def run_pipeline(
         checkpoint_steps: see `train`.
         keep_checkpoints: see `train`.
         text_dir: a folder for the tokenizer and the token ids of the text, which are not made anew where they are
-            there: for several runs on one text. None keeps them with the checkpoints.
+            there: for several runs on one text, of which one makes them and others wait. None keeps them with the
+            checkpoints.
         progress: show on standard output what happens.
 
     Returns:
@@ -260,11 +261,13 @@ def _encode(documents: list[str], unit: str, vocab_size: int | None, user_dict, 
 
     with contextlib.suppress(FileNotFoundError, ValueError):  # there is none yet, or it is damaged
         return opened()
-    with locked(folder.parent, wait=True):  # until another run has encoded the same text
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with holding(folder.with_name(f".{folder.name}.lock"), wait=True):  # until another run has encoded the same text
         try:
             return opened()
         except (FileNotFoundError, ValueError):
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(folder)
         with beside(folder) as new:
             new.mkdir()
             tokenizer = trained()

@@ -306,15 +306,19 @@ def _read_records(folder: Path, search: dict, space: dict) -> list[dict]:
 def _is_record(space: dict, trial: int, settings: dict, bits_per_char: float | None, seconds: float, error) -> bool:
     """Tell whether these are of a trial: numbers, settings of the space, and either a figure or an error."""
 
-    def is_one_of(values, value):
-        return value in values if isinstance(values, list) else values[0] <= value <= values[1]
+    def is_one_of(name, value):
+        if isinstance(space[name], list):
+            return value in space[name]
+        low, high = space[name]
+        # What is proposed at an end may lie beyond it by a rounding.
+        return low <= value <= high or math.isclose(value, low) or math.isclose(value, high)
 
     has_failed = isinstance(error, str) and error and bits_per_char is None
     return (
         (has_failed or (error is None and math.isfinite(bits_per_char)))
         and isinstance(trial, int)
         and math.isfinite(seconds)
-        and all(is_one_of(space[name], value) for name, value in settings.items())
+        and all(is_one_of(name, value) for name, value in settings.items())
     )
 
 

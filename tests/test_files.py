@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -181,7 +182,7 @@ def test_leftovers_that_cannot_be_deleted_keep_nobody_from_writing(tmp_path, mon
 @pytest.mark.parametrize("why", ["another host", "no locks"])
 def test_leftovers_of_which_nobody_can_tell_stay_for_a_day(tmp_path, monkeypatch, why):
     lock, left = tmp_path / ".0123456789ab-.lock", tmp_path / ".0123456789ab-step.npz"
-    lock.write_text("process 1 on another host")
+    lock.write_text(f"process 1 on another-{socket.gethostname()}")
     left.touch()
 
     def fail(*_):

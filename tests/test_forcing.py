@@ -296,6 +296,38 @@ def test_orders_are_tried_in_little_time(num_words):
     assert not any(word in text for word in banned)
 
 
+def test_a_word_that_arises_where_others_meet_comes_again_to_part_others():
+    allowed = ["白日", "日依", "日，", "依山", "依，", "山日", "，日"]
+    banned = [a + b for a, b in itertools.product("白日依山，", repeat=2) if a + b not in allowed]
+    words = ["白日", "依山", "日依", "，"]  # 日依 arises in 白日依山, after which only it and 日 may follow
+    bias = {i: -np.inf for i in range(3, V) if TOKENIZER.decode([i]) not in "白日依山，"}
+    for extra in (0, 1, 2, 33):
+        text = TOKENIZER.decode(write(words, room(*words) + extra, banned=banned, bias=bias))
+        assert all(word in text for word in words)
+        assert not any(word in text for word in banned)
+
+
+@given(st.integers(8, 16), st.integers(0, 2), st.integers(0, 2), st.randoms(use_true_random=False))
+def test_many_words_of_which_one_arises_where_two_meet(num_others, share, extra, random):
+    first, second, third, fourth, *others = (chr(0x4E00 + i) for i in range(num_others + 4))
+    words = [first + second, second + third, third + fourth, *others]
+    order = random.sample(words, len(words))
+    order.remove(third + fourth)
+    order.insert(order.index(first + second) + 1, third + fourth)
+    orders = [order, *(random.sample(words, len(words)) for _ in range(share))]
+    allowed = {a[-1] + b[0] for order in orders for a, b in itertools.pairwise(order)} | set(words)
+    banned = [a + b for a, b in itertools.permutations("".join(words), 2) if a + b not in allowed and a != b]
+    try:
+        ids = write(words, room(*words) + extra, banned=banned)
+    except ValueError as error:
+        needed = int(re.search(r"they may need (\d+), got", str(error))[1])
+        assert needed > room(*words) + extra
+        ids = write(words, needed, banned=banned)
+    text = TOKENIZER.decode(ids)
+    assert all(word in text for word in words)
+    assert not any(word in text for word in banned)
+
+
 @given(st.integers(8, 24), st.integers(0, 2), st.randoms(use_true_random=False), st.integers(0, 5))
 def test_many_words_of_which_most_pairs_are_banned_come_in_the_room_they_need(num_words, share, random, seed):
     words = [chr(0x4E00 + i) for i in range(num_words)]

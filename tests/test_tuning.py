@@ -103,6 +103,10 @@ def test_another_search_is_refused_in_the_same_folder(documents, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     assert "holds no trials.json" in message_of(ValueError, tune, documents, tmp_path, RATES, trials=1)
     record = json.loads(before)["trials"][0]
+    for rate in (1e-3, 0.03 * (1 + 1e-15)):  # the second as an optimiser's rounding may propose it at an end
+        record["settings"] = {"learning_rate": rate}
+        assert tuning._is_record({"learning_rate": (1e-4, 0.03)}, **record)
+    record = json.loads(before)["trials"][0]
     wrong = [None, 1, {}, {**record, "more": 1}, {**record, "trial": "1"}, {**record, "settings": []}]
     wrong += [{**record, name: value} for name in ("bits_per_char", "seconds") for value in (None, "7", 10**400)]
     wrong += [{**record, "bits_per_char": None, "error": ""}, {**record, "error": "out of memory"}]
