@@ -172,7 +172,7 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def text(argument: str) -> str:
+def _text(argument: str) -> str:
     """Refuse an argument whose bytes are no UTF-8, which Python keeps as halves of surrogate pairs."""
     try:
         argument.encode()
@@ -187,7 +187,7 @@ def _add_generate(command) -> None:
     """Add how to write: what to begin with, how long, how tokens are chosen, and what is shown."""
     command.add_argument("folder", metavar="RUN", help="a run folder")
     command.add_argument(
-        "prompt", type=text, nargs="?", default="", metavar="PROMPT", help="how the text begins; empty without"
+        "prompt", type=_text, nargs="?", default="", metavar="PROMPT", help="how the text begins; empty without"
     )
     command.add_argument("--prompt-file", metavar="FILE", help="a file of prompts, one a line; - for standard input")
     command.add_argument(
@@ -212,7 +212,7 @@ def _add_generate(command) -> None:
 
     add = command.add_argument_group("length").add_argument
     add("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to write at the most")
-    add("--stop", type=text, action="append", metavar="TEXT", help="end before this text; may be repeated")
+    add("--stop", type=_text, action="append", metavar="TEXT", help="end before this text; may be repeated")
 
     add = command.add_argument_group("randomness").add_argument
     add("--temperature", type=float, metavar="X", help="below 1 bolder tokens are rarer, 0 takes the likeliest (0.8)")
@@ -234,10 +234,10 @@ def _add_generate(command) -> None:
     add("--exempt", metavar="LIST", help="stopwords and punctuation that may repeat: cn, classical or a file")
 
     add = command.add_argument_group("words").add_argument
-    add("--ban", type=text, dest="banned", action="append", metavar="WORD", help="never write it; may be repeated")
+    add("--ban", type=_text, dest="banned", action="append", metavar="WORD", help="never write it; may be repeated")
     add(
         "--force",
-        type=text,
+        type=_text,
         dest="forced",
         action="append",
         metavar="WORD",

@@ -256,7 +256,10 @@ def test_a_setting_of_a_layer_that_changes_is_noticed(tokenizer, kind, name, val
 def test_layers_that_came_or_went_are_noticed(tokenizer):
     from aigc_tf.variables import LayerSettings
 
-    one, two = (lstm(tokenizer.vocab_size, context=T, num_layers=num, hidden_dim=8) for num in (1, 2))
+    ids = keras.Input((T,), dtype="int32")
+    x = keras.layers.Embedding(tokenizer.vocab_size, 8)(ids)
+    one, two = keras.Model(ids, x), keras.Model(ids, keras.layers.Dense(8)(x))  # of the same layers, and one more
+    assert LayerSettings(one).is_current(one)
     assert not LayerSettings(one).is_current(two)
     assert not LayerSettings(two).is_current(one)
 

@@ -236,7 +236,6 @@ def test_a_fork_does_not_delete_what_its_parent_writes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="folders are opened on POSIX only")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_does_not_have_the_lock(tmp_path):
     code = (
@@ -255,6 +254,7 @@ def test_a_fork_does_not_have_the_lock(tmp_path):
     assert done.stdout.split() == ["locked", "True"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="folders are opened on POSIX only")
 def test_the_folder_is_on_the_disk_too(tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync
