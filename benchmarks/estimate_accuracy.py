@@ -94,7 +94,7 @@ def train(
     import numpy as np
 
     import aigc_tf
-    from aigc_tf.devices import keras
+    from aigc_tf.runtime.backend import keras
 
     # The ids before the pieces are three special ones and 256 bytes; 4E00 is the first Chinese character.
     tokenizer = aigc_tf.Tokenizer([chr(0x4E00 + i) for i in range(VOCAB_SIZE - 259)])

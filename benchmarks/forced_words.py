@@ -14,7 +14,7 @@ import re
 import time
 
 import aigc_tf
-from aigc_tf.demo import is_quatrain
+from aigc_tf.cli.demo import is_quatrain
 
 LENGTH = 64
 DEMO = ["runs/demo/transformer", "runs/demo/lstm"]

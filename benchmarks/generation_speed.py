@@ -146,9 +146,9 @@ def randomize(model) -> None:
 
 def ours(shape, batch, threads):
     import aigc_tf
-    from aigc_tf.decoding import decoder
-    from aigc_tf.engines import choose_engine
-    from aigc_tf.sampler import Settings
+    from aigc_tf.generation.engines.choose import choose_engine
+    from aigc_tf.generation.engines.engine import decoder
+    from aigc_tf.generation.sampler import Settings
 
     tokenizer = aigc_tf.Tokenizer([chr(0x4E00 + i) for i in range(VOCAB_SIZE - FIRST_PIECE)])
     model = aigc_tf.transformer(VOCAB_SIZE, CONTEXT, **shape)

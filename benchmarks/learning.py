@@ -220,14 +220,15 @@ class Clock:
 def run_ours(name, is_counted, among_candidates, tokenizer, documents, seed, options):
     """Train as `aigc_tf.train` does, but for the clock."""
     import aigc_tf
-    from aigc_tf import models, training
-    from aigc_tf.devices import keras
-    from aigc_tf.fast_training import fast_training
-    from aigc_tf.optimization import adamw
+    from aigc_tf.models import networks
+    from aigc_tf.runtime.backend import keras
+    from aigc_tf.training import train as train_module
+    from aigc_tf.training.fast.fast_training import fast_training
+    from aigc_tf.training.optimizer import adamw
 
     context, tokens_per_batch = CONTEXT[name], options.batch_size * 64
     settings = {**OURS[name], "dropout": options.dropout, "precision": "mixed_bfloat16", "seed": seed}
-    model = models.build(name, tokenizer.vocab_size, context, **settings)
+    model = networks.build(name, tokenizer.vocab_size, context, **settings)
     data = aigc_tf.make_dataset(documents, tokenizer, context, tokens_per_batch // context, seed)
     began = time.process_time()
     if is_counted:
@@ -237,8 +238,8 @@ def run_ours(name, is_counted, among_candidates, tokenizer, documents, seed, opt
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(adamw(rate, WEIGHT_DECAY, CLIP_NORM), loss)
     model.optimizer.build(model.trainable_variables)
-    number = training.usual_candidates(model, tokens_per_batch, tokenizer.vocab_size) if among_candidates else 0
-    phases = training.phases(model, 1000, number, data.counts())
+    number = train_module.usual_candidates(model, tokens_per_batch, tokenizer.vocab_size) if among_candidates else 0
+    phases = train_module.phases(model, 1000, number, data.counts())
 
     class StopByClock(keras.callbacks.Callback):
         steps = 0
@@ -274,24 +275,25 @@ def prepare(name, path, tokenizer, documents, held_out, seed) -> dict:
     import numpy as np
 
     import aigc_tf
-    from aigc_tf import evaluation, models
+    from aigc_tf.evaluation import bits
+    from aigc_tf.models import networks
 
     shape = TORCH[name]
     context = CONTEXT[name]
     data = aigc_tf.make_dataset(documents, tokenizer, context, 1)
     rows = [np.append(inputs[0], targets[0, -1]) for inputs, targets in data.as_numpy_iterator()]
     if name == "gpt":
-        model = models.build(
+        model = networks.build(
             "transformer", tokenizer.vocab_size, context, num_layers=1, hidden_dim=shape["dim"], seed=seed
         )
     else:
-        model = models.build("lstm", tokenizer.vocab_size, context, **shape, seed=seed)
+        model = networks.build("lstm", tokenizer.vocab_size, context, **shape, seed=seed)
     began = time.process_time()
     aigc_tf.initialise(model, tokenizer, documents, seed)
     arrays = {"windows": np.array(rows), "counts": data.counts(), "counting": np.array(time.process_time() - began)}
     arrays["embedding"] = model.get_layer("token_embedding").get_weights()[0]
     for half, texts in held_out.items():
-        parts = zip(*evaluation.batches(tokenizer, texts, context, 64), strict=True)
+        parts = zip(*bits.batches(tokenizer, texts, context, 64), strict=True)
         arrays |= {f"{half}_{kind}": np.array(part) for kind, part in zip(("in", "out", "counted"), parts, strict=True)}
         arrays[f"{half}_chars"] = np.array(sum(map(len, texts)))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,9 +21,9 @@ from pathlib import Path
 from unittest import mock
 
 import aigc_tf
-from aigc_tf import training
-from aigc_tf.devices import keras
-from aigc_tf.files import write_json
+from aigc_tf.runtime.backend import keras
+from aigc_tf.runtime.files import write_json
+from aigc_tf.training import train as train_module
 
 HERE = Path(__file__).parent
 # The results ship with the package: notebook 02 draws them too.
@@ -99,7 +99,7 @@ def train_by_cosine(model, data, tokenizer, valid_documents, learning_rate) -> d
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, STEPS - STEPS // 20, alpha=0.1, warmup_target=learning_rate, warmup_steps=STEPS // 20
     )
-    with mock.patch.object(training, "WarmupStableDecay", return_value=schedule):
+    with mock.patch.object(train_module, "WarmupStableDecay", return_value=schedule):
         return aigc_tf.train(
             model, data, tokenizer, valid_documents, steps=STEPS, learning_rate=learning_rate,
             validations=VALIDATIONS, num_candidates=0, progress=False,

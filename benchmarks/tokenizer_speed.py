@@ -11,9 +11,10 @@ import functools
 import statistics
 import time
 
-from aigc_tf import Tokenizer, load_documents, segmentation
-from aigc_tf.devices import keras
-from aigc_tf.files import shipped_file
+from aigc_tf import Tokenizer, load_documents
+from aigc_tf.corpus import segmentation
+from aigc_tf.runtime.backend import keras
+from aigc_tf.runtime.files import shipped_file
 
 
 def speed(function, num_chars: int, passes: int = 5) -> float:

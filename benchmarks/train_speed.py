@@ -166,9 +166,10 @@ def keras_step(model, size: dict):
 
 def ours(model, size: dict):
     """Return a function that takes a step as `aigc_tf.train` does."""
-    from aigc_tf import fast_training, training
+    from aigc_tf.training import train as train_module
+    from aigc_tf.training.fast import fast_training
 
-    training.compile_model(model, 1000, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM)
+    train_module.compile_model(model, 1000, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM)
     trained, _ = KEPT_OPEN.enter_context(fast_training.fast_training(model, num_tokens=1e12))
     return keras_step(trained, size)
 
@@ -178,19 +179,19 @@ def policy(options) -> str:
 
 
 def transformer(size, options):
-    from aigc_tf import models
+    from aigc_tf.models import networks
 
     shape = {"num_layers": size["num_layers"], "hidden_dim": size["hidden_dim"], "dropout": options.dropout}
     shape["num_heads"] = size["hidden_dim"] // HEAD_DIM
-    model = models.build("transformer", VOCAB_SIZE, size["context"], **shape, precision=policy(options))
+    model = networks.build("transformer", VOCAB_SIZE, size["context"], **shape, precision=policy(options))
     return ours(model, size)
 
 
 def lstm(size, options):
-    from aigc_tf import models
+    from aigc_tf.models import networks
 
     settings = {**size["lstm"], "dropout": options.dropout, "precision": policy(options)}
-    return ours(models.build("lstm", VOCAB_SIZE, size["context"], **settings), size)
+    return ours(networks.build("lstm", VOCAB_SIZE, size["context"], **settings), size)
 
 
 def keras_hub_transformer(size, options):

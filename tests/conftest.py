@@ -63,7 +63,7 @@ def table_model(tokenizer, successors, context=48):
 
     Where a token maps to several, each is as likely.
     """
-    from aigc_tf.devices import keras
+    from aigc_tf.runtime.backend import keras
 
     table = np.full((tokenizer.vocab_size,) * 2, -50.0, np.float32)
     table[:, tokenizer.EOS] = 0.0

@@ -1,119 +1,65 @@
-"""The rooms and the one direction of their imports, written down."""
+"""The folders and the one direction of their imports, written down."""
 
 import ast
+import graphlib
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import aigc_tf
-from aigc_tf import devices
+from aigc_tf.runtime import backend
 
 PACKAGE = Path(aigc_tf.__file__).parent
 
-# Each room may import the rooms named here, all of them above it.
-# fmt: off
-ALLOWED = {
-    "files": set(),
-    "live": set(),
-    "text": set(),
-    "documents": {"files", "text"},
-    "corpora": {"documents", "files", "text"},
-    "segmentation": {"files", "text"},
-    "cores": set(),
-    "chunks": set(),
-    "keras_internals": set(),
-    "tokenizer": {"chunks", "cores", "files", "keras_internals", "segmentation", "text"},
-    "devices": {"cores", "keras_internals"},
-    "distribution": {"devices", "keras_internals"},
-    "dataset": {"devices", "files", "tokenizer"},
-    "sizes": set(),
-    "tables": set(),
-    "models": {"devices", "distribution", "sizes"},
-    "source": {"devices"},
-    "ngram": {"tokenizer"},
-    "numba_tools": set(),
-    "compilation": set(),
-    "matrices": {"compilation"},
-    "sampling": {"devices"},
-    "weights": {"files"},
-    "choice": {"compilation", "matrices", "numba_tools"},
-    "kernels": {"choice", "compilation", "cores", "matrices", "numba_tools", "weights"},
-    "variables": {"devices", "keras_internals"},
-    "decoding": {"distribution", "kernels", "keras_internals", "ngram", "variables", "weights"},
-    "evaluation": {
-        "dataset", "decoding", "devices", "distribution", "ngram", "sampling", "text", "tokenizer", "weights",
-    },
-    "initialisation": {"dataset", "devices", "tokenizer"},
-    "recurrence": {"devices", "keras_internals"},
-    "pass_kernels": {"compilation", "matrices"},
-    "passes": {"pass_kernels", "sizes"},
-    "fast_training": {"devices", "keras_internals", "numba_tools", "passes", "recurrence"},
-    "candidates": {"devices", "keras_internals", "sizes"},
-    "checkpoints": {"files"},
-    "course": {"checkpoints", "devices", "distribution", "evaluation", "files", "live"},
-    "optimization": {"devices", "distribution", "keras_internals"},
-    "training": {
-        "candidates", "course", "devices", "distribution", "fast_training", "files", "optimization", "text",
-        "tokenizer",
-    },
-    "utf8": set(),
-    "banned": {"utf8"},
-    "sampler": {"banned", "choice", "sampling", "tokenizer", "utf8"},
-    "texts": {"decoding", "sampler", "sampling"},
-    "word_order": {"banned"},
-    "forcing": {"decoding", "sampler", "texts", "tokenizer", "word_order"},
-    "beams": {"sampler", "sampling", "texts"},
-    "loop": {"devices", "sampler", "sampling", "texts", "weights"},
-    "engines": {"decoding", "devices", "numba_tools", "sampler", "weights"},
-    "hardware": {"cores", "devices"},
-    "writer": {
-        "banned", "beams", "decoding", "forcing", "hardware", "loop", "sampler", "sampling", "texts", "weights",
-    },
-    "generation": {"engines", "sampler", "tokenizer", "writer"},
-    "saving": {"devices", "distribution", "files", "keras_internals", "tokenizer", "weights"},
-    "estimation": {
-        "devices", "distribution", "evaluation", "fast_training", "hardware", "models", "sizes", "tables", "training",
-    },
-    "pipeline": {
-        "checkpoints", "dataset", "distribution", "estimation", "evaluation", "files", "generation", "initialisation",
-        "models", "optimization", "saving", "segmentation", "tables", "text", "tokenizer", "training",
-    },
-    "search_space": {"pipeline"},
-    "tuning": {"dataset", "devices", "files", "pipeline", "saving", "search_space", "text"},
-    "explanation": {"devices", "distribution", "evaluation", "ngram", "tokenizer", "weights"},
-}
-# fmt: on
-# The front doors and the demo put the rooms together.
-FREE = {"__init__", "__main__", "demo", "parser"}
+# Each folder may import those before it, as the README's picture shows.
+FOLDERS = ["runtime", "corpus", "models", "generation", "evaluation", "training", "runs", "cli"]
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imported_rooms(path: Path) -> set[str]:
-    rooms = set()
+def imported(path: Path) -> set[Path]:
+    """Find the files of this package that a file imports, anywhere in it."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            rooms |= {node.module} if node.module else {alias.name for alias in node.names}
-    return rooms - {"__version__"}
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            named = {base / alias.name for alias in node.names} | {base}
+            found |= {one.with_suffix(".py") for one in named if one.with_suffix(".py").is_file()}
+    return found
 
 
-def test_each_file_is_a_known_room():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ALLOWED) | FREE
+def folder_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
 
 
-def test_rooms_import_only_what_the_table_allows():
-    for room, allowed in ALLOWED.items():
-        assert imported_rooms(PACKAGE / f"{room}.py") == allowed, room
+def test_folders_import_those_before_them():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FOLDERS)
+    for path in FILES:
+        if path.parent != PACKAGE:
+            for other in imported(path):
+                assert other.parent == PACKAGE or (FOLDERS.index(folder_of(other)) <= FOLDERS.index(folder_of(path))), (
+                    f"{path} imports {other}"
+                )
 
 
-def test_the_table_has_one_direction():
-    rooms = list(ALLOWED)
-    for i, room in enumerate(rooms):
-        assert ALLOWED[room] <= set(rooms[:i]), room
+def test_files_import_in_no_circle():
+    order = graphlib.TopologicalSorter({path: imported(path) for path in FILES if path.parent != PACKAGE})
+    order.prepare()
 
 
-def test_tensorflow_keras_and_jax_enter_through_devices_alone():
-    for path in PACKAGE.glob("*.py"):
-        if path.stem not in ("devices", "distribution"):
+def test_each_folder_names_its_public_functions():
+    named = {}
+    for folder in FOLDERS:
+        doc = importlib.import_module(f"aigc_tf.{folder}").__doc__
+        named |= dict.fromkeys(re.findall(r"`(\w+)`", doc.partition("Public: ")[2]), folder)
+    assert named == {name: module.split(".")[0] for name, module in aigc_tf._MODULE_OF.items()}
+
+
+def test_tensorflow_keras_and_jax_enter_through_the_backend_alone():
+    for path in FILES:
+        if path.relative_to(PACKAGE).as_posix() not in ("runtime/backend.py", "runtime/distribution.py"):
             tops = {
                 name.split(".")[0]
                 for node in ast.walk(ast.parse(path.read_text("utf-8")))
@@ -125,7 +71,7 @@ def test_tensorflow_keras_and_jax_enter_through_devices_alone():
                     else []
                 )
             }
-            assert not tops & {"tensorflow", "keras", "jax"}, path.stem
+            assert not tops & {"tensorflow", "keras", "jax"}, path
 
 
 def test_every_public_name_exists_and_says_what_it_does():
@@ -161,7 +107,7 @@ def test_a_normal_run_writes_no_log_lines():
 
 def test_only_log_lines_are_hidden_while_tensorflow_is_loaded():
     code = (
-        "import os, aigc_tf.devices as devices\n"
+        "import os, aigc_tf.runtime.backend as devices\n"
         "with devices.hidden_native_logs():\n"
         "    os.write(2, b'I0000 00:00:1795749208.2 4558 port.cc:153] oneDNN custom operations are on.\\n')\n"
         "    os.write(2, b'a line of another thread\\n')"
@@ -174,6 +120,6 @@ def test_without_a_place_for_a_temporary_file_nothing_is_hidden(monkeypatch, cap
         raise FileNotFoundError("no usable temporary directory")
 
     monkeypatch.setattr("tempfile.TemporaryFile", fail)
-    with devices.hidden_native_logs():
+    with backend.hidden_native_logs():
         os.write(2, b"a line\n")
     assert capfd.readouterr().err == "a line\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from aigc_tf import generate_batch
-from aigc_tf.demo import is_quatrain
-from aigc_tf.parser import make_parser
+from aigc_tf.cli.demo import is_quatrain
+from aigc_tf.cli.parser import make_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -124,10 +124,16 @@ def test_every_file_that_the_readme_names_exists():
         assert any((ROOT / folder / name).exists() for folder in (".", "aigc_tf")), name
 
 
-def test_every_file_of_the_package_is_named_in_both_languages():
-    files = {path.name for path in (ROOT / "aigc_tf").glob("*.py")} - {"__init__.py"}
+def test_every_folder_of_the_package_is_drawn_in_both_languages():
+    drawn = [{path.name for path in (ROOT / "aigc_tf").glob("*/") if (path / "__init__.py").exists()}]
     for readme in (README, CHINESE):
-        assert files - set(re.findall(r"\b\w+\.py", readme)) == set()
+        (picture,) = (block for block in re.findall(r"```text\n(.*?)```", readme, re.S) if block.startswith("aigc_tf/"))
+        drawn.append(set(re.findall(r"^  (\w+)/", picture, re.M)))
+        files = {path.stem for path in (ROOT / "aigc_tf").rglob("*.py")}
+        for line in picture.splitlines()[1:]:
+            names = re.findall(r"(?<=  )[a-z_]+(?=  |$| \(|（)", re.sub(r"^ {2,4}\w+/|[(（].*?[)）]", "", line))
+            assert set(names) <= files, line
+    assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_the_package_says_its_version_once():

@@ -1,0 +1,347 @@
+"""The commands: `aigc-tf demo | train | estimate | tune | evaluate | generate | info`, also as `python -m aigc_tf`.
+
+Each is a thin layer over the Python functions of the same name.
+"""
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ..runtime.files import not_utf8, read_text
+from .parser import make_parser
+
+_CORPUS = "corpus:"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: the command line without the program's name; None takes the process's own.
+
+    Returns:
+        The exit code: 0 done; said in one line, 2 a wrong option or input, 1 another failure; 130 stopped by Ctrl-C.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the shell has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (open until the process ends)
+    try:
+        parser = make_parser()
+        try:
+            options = parser.parse_args(arguments)
+        except SystemExit:  # it has shown help, or told of a wrong option
+            sys.stdout.flush()
+            raise
+        if options.command is None:
+            parser.print_help()
+            sys.stdout.flush()
+            return 0
+        if getattr(options, "config", None):
+            options = make_parser(_read_settings(Path(options.config))).parse_args(arguments)
+        _COMMANDS[options.command](options)
+        sys.stdout.flush()  # here, where an error is told
+        return 0
+    except KeyboardInterrupt:
+        print("aigc-tf: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        _drop_unwritable()
+        return 0
+    except Exception as error:
+        if os.environ.get("AIGC_TF_TRACEBACK"):
+            raise
+        is_users = isinstance(error, ValueError | OSError)
+        kind = "" if is_users else f"{type(error).__name__}: "
+        print(f"aigc-tf: error: {kind}{_one_line(error)}", file=sys.stderr)
+        _drop_unwritable()
+        return 2 if is_users else 1
+
+
+def _drop_unwritable() -> None:
+    """Write what is left for standard output, or drop it where that fails, which Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: Exception) -> str:
+    from ..generation.show import printable
+
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return printable(" ".join(text.split()).encode("utf-8", "backslashreplace").decode(), sys.stderr)
+
+
+def _demo(options) -> None:
+    from .demo import is_unfinished, run_demo
+
+    def run(folder):
+        run_demo(folder, steps_fraction=options.steps_fraction, seed=options.seed)
+
+    _in_a_folder(run, options.out, "demo", is_unfinished)
+
+
+def _train(options) -> None:
+    from ..runs.pipeline import is_unfinished, run_pipeline
+    from ..runtime.distribution import use_devices
+
+    if options.devices is not None or options.model_parallel > 1:
+        print(use_devices(options.devices or None, model_parallel=options.model_parallel, precision=options.precision))
+    names = ("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints")
+    settings = {**_pipeline_settings(options), **{name: getattr(options, name) for name in names}}
+    documents = None
+
+    def run(folder):
+        nonlocal documents
+        documents = documents or _documents(options)
+        run_pipeline(documents, folder, **settings)
+
+    folder = _in_a_folder(run, options.out, f"{_stem(options)}-{options.model}", is_unfinished)
+    print(f"kept in {folder}; write with it: aigc-tf generate {folder} ...")
+
+
+def _read_settings(file: Path) -> dict:
+    """Read the settings of a run from its run.json, or from a JSON file of settings alone."""
+    from ..runs.search_space import check_settings
+    from ..runtime.files import from_json
+
+    text = read_text(file)
+    try:
+        content = from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON, but: {error}.") from None
+    settings = content.get("settings", content) if isinstance(content, dict) else content
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} must hold settings by name, got {type(settings).__name__}.")
+    return check_settings(settings)
+
+
+def _stem(options) -> str:
+    return Path(os.path.abspath(options.paths[0].removeprefix(_CORPUS))).stem  # that of "." too
+
+
+def _documents(options) -> list[str]:
+    """Load the files and the named corpora of a command."""
+    import warnings
+
+    from ..corpus.documents import load_documents
+    from ..corpus.named import load_corpus
+    from ..generation.show import printable
+
+    files = [path for path in options.paths if not path.startswith(_CORPUS)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        documents = load_documents(files, options.field) if files else []
+    for warning in caught:
+        print(f"aigc-tf: {printable(str(warning.message), sys.stderr)}", file=sys.stderr)
+    for path in options.paths:
+        if path.startswith(_CORPUS):
+            documents += load_corpus(path.removeprefix(_CORPUS))
+    return list(dict.fromkeys(documents))
+
+
+def _estimate(options) -> None:
+    from ..corpus.cleaning import split
+    from ..corpus.tokenizer import Tokenizer
+    from ..runs.estimate import describe, estimate, memory_warning
+    from ..runs.pipeline import usual_steps
+
+    train_documents, valid_documents = split(_documents(options), options.valid_fraction)
+    tokenizer = Tokenizer.train(train_documents, options.unit, options.vocab_size)
+    num_tokens = {
+        f"{side}_tokens": sum(map(len, tokenizer.encode_documents(documents)))
+        for side, documents in (("train", train_documents), ("valid", valid_documents))
+    }
+    tokens_per_step = options.context * options.batch_size
+    steps = usual_steps(num_tokens["train_tokens"], tokens_per_step) if options.steps is None else options.steps
+    names = ("context", "batch_size", "num_layers", "num_heads", "hidden_dim", "dropout", "precision",
+             "num_candidates")  # fmt: skip
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"vocab_size": tokenizer.vocab_size, "steps": steps, **num_tokens}
+    if warning := memory_warning(options.model, options.size, **settings):
+        print(f"warning: {warning}")
+    figures = estimate(options.model, options.size, **settings, seconds=options.seconds, watts=options.watts)
+    passes = steps * tokens_per_step / num_tokens["train_tokens"]
+    print(f"{num_tokens['train_tokens']:,} tokens to learn from, seen {passes:.3g} times in {steps:,} steps")
+    print(describe(figures))
+    if "hours" in figures and "watts" not in figures:
+        print("energy: unknown, as this system does not tell its power; give it with --watts")
+
+
+def _tune(options) -> None:
+    from ..runs.search_space import DEFAULT_SPACE, parse_space
+    from ..runs.tune import describe_trials, tune
+
+    space, fixed = parse_space(options.set)
+    space = space or {name: values for name, values in DEFAULT_SPACE.items() if name not in fixed}
+    if options.trials is None and options.minutes is None:
+        options.trials = 20
+    # Always the same folder, as the search goes on there.
+    folder = Path(options.out or Path("runs", f"{_stem(options)}-tune"))
+    trials = tune(
+        _documents(options),
+        folder,
+        space,
+        trials=options.trials,
+        minutes=options.minutes,
+        **{"seed": options.seed, **fixed},
+    )
+    print(describe_trials(trials))
+    print(f"the best is kept in {folder / 'best'}; write with it: aigc-tf generate {folder / 'best'} ...")
+
+
+def _pipeline_settings(options) -> dict:
+    from ..runs.pipeline import SETTINGS
+
+    return {name: value for name, value in vars(options).items() if name in SETTINGS and value is not None}
+
+
+def _evaluate(options) -> None:
+    from ..corpus.cleaning import split
+    from ..evaluation.bits import evaluate
+    from ..runs.folder import load, read_run
+    from ..runs.pipeline import describe_figure
+
+    run = read_run(options.folder)
+    documents = _documents(options)
+    if options.held_out:
+        documents = split(documents, run.get("settings", {}).get("valid_fraction", 0.05))[1]
+    model, tokenizer = load(options.folder)
+    figures = evaluate(model, tokenizer, documents)
+    if options.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(describe_figure(name, value))
+
+
+_PUNCTUATION = "，。、；：？！“”‘’（）《》…—\n"
+
+
+def _generate(options) -> None:
+    from ..generation.generate import check_generation, generate_batch, stream
+    from ..generation.sampler import Settings
+    from ..generation.show import as_json, printable
+
+    names = {"max_new_tokens", "stop", "best_of", "num_beams", "length_penalty", *Settings._fields}
+    settings = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if options.exempt:
+        from ..corpus.segmentation import load_stopwords
+
+        settings["exempt"] = load_stopwords(options.exempt) | set(_PUNCTUATION)
+    check_generation(seed=options.seed, **settings)
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples must be at least 1, got {options.num_samples}.")
+    prompts = [prompt for prompt in _prompts(options) for _ in range(options.num_samples)]
+    from ..runs.folder import load_writer
+
+    model, tokenizer = load_writer(options.folder)
+    _name_unseen(tokenizer, prompts)
+    seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
+    settings.update(engine=options.engine, seed=seed)
+    if len(prompts) == 1 and not options.json and not {"best_of", "num_beams"} & set(settings):
+        pieces = stream(model, tokenizer, prompts[0], **settings)
+        if options.new_only:
+            next(pieces)
+        for piece in pieces:
+            print(printable(piece), end="", flush=True)
+        print()
+        return
+    texts = generate_batch(model, tokenizer, prompts, log_probability=options.json, **settings)
+    for i, text in enumerate(texts):
+        if options.json:
+            told = {"prompt": prompts[i], "text": text, "seed": seed + i}
+            told |= {name: getattr(text, name) for name in ("new", "finish_reason", "log_probability")}
+            print(as_json(told))
+            continue
+        if i:
+            print()
+        if len(texts) > 1 and sys.stdout.isatty():
+            print(f"[{i + 1}]")
+        print(printable(text.new if options.new_only else text))
+
+
+def _prompts(options) -> list[str]:
+    """Return the prompts of a command, cleaned as documents are."""
+    from ..corpus.cleaning import clean
+
+    if options.prompt_file is None:
+        prompts = [options.prompt]
+    elif options.prompt:
+        raise ValueError("Give a PROMPT or --prompt-file, not both.")
+    else:
+        # Not splitlines, for which form feeds and others end a line too.
+        text = _read_prompts(options.prompt_file).replace("\r\n", "\n")
+        prompts = text.removesuffix("\n").split("\n") if text else []
+    # A line end at the end of a prompt has a meaning: the next line begins.
+    return prompts if options.raw else [clean(prompt) + "\n" * prompt.endswith("\n") for prompt in prompts]
+
+
+def _read_prompts(file: str) -> str:
+    if file != "-":
+        return read_text(file)
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8("standard input", data, data[error.start], error.start) from None
+
+
+def _name_unseen(tokenizer, prompts: list[str]) -> None:
+    unseen = dict.fromkeys(char for prompt in prompts for char in prompt if tokenizer.piece_id(char) is None)
+    if unseen:
+        shown = " ".join(char if char.isprintable() else ascii(char) for char in unseen)
+        print(f"aigc-tf: this model has never seen {shown}", file=sys.stderr)
+
+
+def _info(options) -> None:
+    from ..generation.show import as_json, printable
+    from ..runs.folder import read_run, versions
+    from ..runs.tables import lines_of
+
+    told = read_run(options.folder) if options.folder else versions()
+    if options.json:
+        print(as_json(told, indent=1))
+        return
+    for line in lines_of(told):
+        print(printable(line.encode("utf-8", "backslashreplace").decode()))
+
+
+def _in_a_folder(run: Callable[[Path], None], name: str | None, default: str, is_unfinished) -> Path:
+    """Run in the folder named, or in one under runs/: a new one, or one to go on in. Return it."""
+
+    def serves(folder):
+        return not folder.exists() or (folder.is_dir() and (is_unfinished(folder) or not any(folder.iterdir())))
+
+    if name is not None:
+        folder = Path(name)
+        if not serves(folder):
+            raise FileExistsError(f"{folder} exists and is not empty. Name another folder with --out.")
+        run(folder)
+        return folder
+    for i in itertools.count(1):
+        folder = Path("runs", f"{default}-{i}" if i > 1 else default)
+        if serves(folder):
+            try:
+                run(folder)
+                return folder
+            except BlockingIOError as error:  # another process is at work there
+                if error.filename != str(folder):
+                    raise
+    raise AssertionError("there is always a next name")
+
+
+_COMMANDS = {
+    "demo": _demo,
+    "train": _train,
+    "estimate": _estimate,
+    "tune": _tune,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "info": _info,
+}

@@ -1,0 +1,249 @@
+"""Words: text -> words by jieba; stopwords; keywords."""
+
+import functools
+import os
+import re
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+from ..runtime.files import read_text, shipped_file
+from .cleaning import check_documents
+
+_HAN_WORD = re.compile(r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]{2,}")
+_LONGEST_LINE = 200  # of a user dictionary
+_STOPWORD_LISTS = ("cn", "classical")
+# What of jieba is used beside its documented functions.
+_OF_JIEBA = ("FREQ", "gen_pfdict", "get_dict_file", "initialized", "total")
+
+
+def segment(
+    text: str, stopwords: Collection[str] | str = (), *, user_dict: Sequence[str] | str = (), hmm: bool = False
+) -> list[str]:
+    """Cut text into words with jieba, and leave out stopwords if any are given.
+
+    Without stopwords nothing is lost: the words joined are the text again, blanks and newlines included.
+    With `hmm=False` only words of the dictionary come out as words, which is what a vocabulary can hold.
+
+    Args:
+        text: any string.
+        stopwords: the words to leave out, or the name or file of a list (see `load_stopwords`).
+        user_dict: a user dictionary, its file or its lines (see `load_user_dict`).
+        hmm: let jieba's hidden Markov model join characters into words that are in no dictionary.
+
+    Returns:
+        `list[str]`.
+
+    Example:
+        >>> segment("我们的模型会写诗。")
+        ['我们', '的', '模型', '会', '写诗', '。']
+        >>> segment("我们的模型会写诗。", stopwords="cn")
+        ['模型', '会', '写诗', '。']
+    """
+    words = segmenter(as_user_dict(user_dict), hmm)(text)
+    if not stopwords:
+        return words
+    stopwords = _as_stopwords(stopwords)
+    return [word for word in words if word not in stopwords]
+
+
+def segmenter(user_dict: tuple[str, ...] = (), hmm: bool = False) -> Callable[[str], list[str]]:
+    """Return the function that cuts one text, its dictionary loaded once and shared by later calls."""
+    if not hmm and is_rust(user_dict):
+        return _rust_cut()
+    jieba_tokenizer = _jieba_tokenizer(user_dict)
+    return functools.partial(jieba_tokenizer.lcut, HMM=hmm)
+
+
+def is_rust(user_dict: Sequence[str] = ()) -> bool:
+    """Tell whether words without HMM are cut in Rust: where the extra `fast` is installed, and no user dictionary."""
+    return not user_dict and _rust_cut() is not None
+
+
+def load_user_dict(path) -> tuple[str, ...]:
+    """Read a jieba user dictionary: a word a line, its frequency and part of speech optional.
+
+    Args:
+        path: a UTF-8 file of lines such as `大语言模型 100 n`.
+
+    Returns:
+        `tuple[str, ...]`, its lines, without empty ones.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+
+
+def load_stopwords(source: str | os.PathLike = "cn") -> frozenset[str]:
+    """Load a list of stopwords: one that ships with the package, or your own file.
+
+    Args:
+        source: "cn" (modern Chinese function words), "classical" (a short list for classical Chinese), or
+            the path of a UTF-8 file, one word a line.
+
+    Returns:
+        `frozenset[str]`.
+
+    Raises:
+        FileNotFoundError: `source` is neither a shipped list nor a file.
+
+    Example:
+        >>> sorted(load_stopwords("cn") & {"的", "不", "模型"})
+        ['不', '的']
+    """
+    path = shipped_file(f"stopwords_{source}.txt") if source in _STOPWORD_LISTS else source
+    try:
+        return frozenset(read_text(path).split())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"Stopwords must be one of the lists {', '.join(_STOPWORD_LISTS)} or a file, and there is no file {source}."
+        ) from None
+
+
+def keywords(
+    text: str, top_k: int = 10, stopwords: Collection[str] | str = "cn", *, user_dict: Sequence[str] | str = ()
+) -> dict[str, float]:
+    """Find the content words that tell most about a text, by TF-IDF over jieba's table of frequencies.
+
+    Counted are words of two or more Han characters that are not stopwords; a word that the table lacks
+    takes its median.
+
+    Args:
+        text: the text, from a sentence to a book.
+        top_k: how many words at the most.
+        stopwords: the words never to return, or the name or file of a list.
+        user_dict: a user dictionary, its file or its lines.
+
+    Returns:
+        `dict[str, float]` from word to weight, heaviest first.
+
+    Raises:
+        ValueError: `top_k` is below 1.
+
+    Example:
+        >>> list(keywords("语言模型从文本学习语言。语言模型写出新的文本，它写诗，也写文章。", top_k=3))
+        ['语言', '文本', '模型']
+
+    Source:
+        K. Sparck Jones, "A statistical interpretation of term specificity and its application in
+        retrieval", Journal of Documentation 28 (1972).
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}.")
+    words = (word for word in segment(text, stopwords, user_dict=user_dict) if _HAN_WORD.fullmatch(word))
+    counts = Counter(words)
+    idf, median = _inverse_document_frequencies()
+    weights = {word: n / counts.total() * idf.get(word, median) for word, n in counts.items()}
+    return dict(sorted(weights.items(), key=lambda item: -item[1])[:top_k])
+
+
+def remove_stopwords(
+    documents: list[str], stopwords: Collection[str] | str = "cn", *, user_dict: Sequence[str] | str = ()
+) -> tuple[list[str], float]:
+    """Take the stopwords out of documents, and say how much goes.
+
+    This is for analysis and for experiments. A language model trained on what is left does not learn
+    to write the words that were taken out, negation among them.
+
+    Args:
+        documents: the documents.
+        stopwords: the words to take out, or the name or file of a list.
+        user_dict: a user dictionary, its file or its lines.
+
+    Returns:
+        The documents without stopwords (those left empty are dropped), `list[str]`, and the share of the
+        words that was removed, `float` from 0 to 1.
+
+    Example:
+        >>> remove_stopwords(["我们的模型会写诗。"])
+        (['模型会写诗。'], 0.3333333333333333)
+    """
+    check_documents(documents)
+    stopwords, user_dict = _as_stopwords(stopwords), as_user_dict(user_dict)
+    cut = segmenter(user_dict)
+    kept_documents, num_words, num_kept = [], 0, 0
+    for document in documents:
+        words = cut(document)
+        kept = [word for word in words if word not in stopwords]
+        num_words += len(words)
+        num_kept += len(kept)
+        if kept:
+            kept_documents.append("".join(kept))
+    return kept_documents, (num_words - num_kept) / max(num_words, 1)
+
+
+def as_user_dict(user_dict: Sequence[str] | str | os.PathLike) -> tuple[str, ...]:
+    """Read a user dictionary if a file is named, else take its lines; refuse one that is no line of a dictionary."""
+    lines = load_user_dict(user_dict) if isinstance(user_dict, (str, os.PathLike)) else tuple(user_dict)
+    # jieba keeps every beginning of a word: memory grows with the square of its length.
+    if long := next((line for line in lines if len(line) > _LONGEST_LINE), None):
+        raise ValueError(
+            f"A line of a user dictionary must have at most {_LONGEST_LINE} characters, but one has {len(long):,}: "
+            f"{long[:20]!r} ... Put each word on a line of its own."
+        )
+    return lines
+
+
+def _as_stopwords(stopwords: Collection[str] | str | os.PathLike) -> Collection[str]:
+    # A bare string would otherwise mean "every substring of it is a stopword".
+    return load_stopwords(stopwords) if isinstance(stopwords, (str, os.PathLike)) else stopwords
+
+
+@functools.cache
+def _rust_cut() -> Callable[[str], list[str]] | None:
+    """Return rjieba's cutter if the extra `fast` is installed."""
+    try:
+        import rjieba
+    except ImportError:
+        return None
+    rust_cut = functools.partial(rjieba.Jieba().cut, hmm=False)
+
+    def cut(text: str) -> list[str]:
+        try:
+            return rust_cut(text)
+        except UnicodeEncodeError:
+            # Rust has no lone surrogates; jieba cuts the same words and takes them.
+            return _jieba_tokenizer(()).lcut(text, HMM=False)
+
+    return cut
+
+
+def _import_jieba():
+    with warnings.catch_warnings():
+        # jieba 0.42.1 has escape sequences that Python warns of, and imports pkg_resources.
+        warnings.simplefilter("ignore")
+        import jieba
+    return jieba
+
+
+@functools.lru_cache(maxsize=4)
+def _jieba_tokenizer(user_dict: tuple[str, ...]):
+    """Make an own jieba.Tokenizer, so that words added elsewhere in the process change nothing here."""
+    tokenizer = _import_jieba().Tokenizer()
+    if all(hasattr(tokenizer, name) for name in _OF_JIEBA):
+        # Reading the dictionary here instead of in initialize() writes no log lines and no cache file in a
+        # shared temporary folder; it takes as long.
+        with tokenizer.get_dict_file() as dictionary:
+            tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(dictionary)
+        tokenizer.initialized = True
+    else:  # another version of jieba
+        tokenizer.initialize()
+    if user_dict:
+        # jieba keeps words of frequency 0 in a set that all its tokenizers share.
+        force_split = getattr(_import_jieba().finalseg, "Force_Split_Words", set())
+        others = set(force_split)
+        tokenizer.load_userdict(user_dict)
+        force_split.intersection_update(others)
+    return tokenizer
+
+
+@functools.cache
+def _inverse_document_frequencies() -> tuple[dict[str, float], float]:
+    """Read the table that jieba ships; importing jieba.analyse would read it too, and a tagger besides."""
+    table = Path(_import_jieba().__file__).parent / "analyse" / "idf.txt"
+    pairs = (line.split(" ") for line in read_text(table).splitlines())
+    idf = {word: float(weight) for word, weight in pairs}
+    return idf, statistics.median_high(idf.values())

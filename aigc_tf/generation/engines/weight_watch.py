@@ -1,0 +1,103 @@
+"""Variables: whether those of a Keras model are what they were, told without comparing or moving them where it can.
+
+And whether the settings of its layers are, such as an activation.
+"""
+
+import operator
+import types
+
+import numpy as np
+
+from ...runtime.backend import keras, tf
+from ...runtime.keras_internals import inner_layers
+
+_NOTED_IN_A_CALL = ("_called", "_parent_path")  # by a layer the first time, and no settings
+
+
+class LayerSettings:
+    """The plain attributes of all layers of Keras at one time, and whether they are the same at another."""
+
+    def __init__(self, model: keras.Model):
+        self._layers = [_plain_attributes(layer) for layer in inner_layers(model)]
+
+    def is_current(self, model: keras.Model) -> bool:
+        """Tell whether the layers have the same attributes, and the very values of those that are plain."""
+        layers = inner_layers(model)
+        return len(layers) == len(self._layers) and all(
+            names <= vars(layer).keys() and all(map(operator.is_, read(vars(layer)), values))
+            for layer, (names, read, values) in zip(layers, self._layers, strict=True)
+        )
+
+
+def _plain_attributes(layer) -> tuple:
+    # Others are not kept: some of them would keep the model alive.
+    plain = {name: value for name, value in vars(layer).items() if _is_plain(value) and name not in _NOTED_IN_A_CALL}
+    read = operator.itemgetter(*plain, "name", "name")  # a tuple, however few they are
+    return plain.keys(), read, read(vars(layer))
+
+
+def _is_plain(value) -> bool:
+    is_function = isinstance(value, types.FunctionType) and value.__closure__ is None
+    return is_function or value is None or isinstance(value, bool | int | float | str)
+
+
+class Watch:
+    """The values of a model's variables at one time, and whether they are the same at another.
+
+    TensorFlow writes a new value elsewhere in memory while another holds the old one, as this does, and JAX always
+    does; so values that stand where they stood have not changed.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._variables = list(model.weights)
+        self._read = _reader(self._variables)
+        self._values = self._read()
+        self._on_host = all(_is_on_host(value) for value in self._values)
+        if self._on_host:
+            self._arrays = [np.asarray(value) for value in self._values]
+            self._places = [array.__array_interface__["data"][0] for array in self._arrays]
+
+    def array(self, variable) -> np.ndarray:
+        """Return the value that a variable had."""
+        return np.asarray(self._values[next(i for i, kept in enumerate(self._variables) if kept is variable)])
+
+    def is_current(self, model: keras.Model) -> bool:
+        """Tell whether the model has the same variables with equal values."""
+        variables = model.weights
+        if len(variables) != len(self._variables) or any(
+            a is not b for a, b in zip(variables, self._variables, strict=True)
+        ):
+            return False
+        now = self._read()
+        if keras.backend.backend() == "jax":
+            pairs = [(a, b) for a, b in zip(now, self._values, strict=True) if a is not b]
+            # A training on JAX gives the memory of old values away.
+            return not any(b.is_deleted() for _, b in pairs) and all(bool((a == b).all()) for a, b in pairs)
+        if not self._on_host:
+            return bool(_all_equal(now, self._values))
+        places = [np.asarray(value).__array_interface__["data"][0] for value in now]
+        moved = [i for i, (place, before) in enumerate(zip(places, self._places, strict=True)) if place != before]
+        return all(np.array_equal(now[i], self._values[i]) for i in moved)
+
+
+def _reader(variables):
+    """Make a function that reads all variables at once; one by one it would take several times as long."""
+    if keras.backend.backend() == "jax":
+        return lambda: [variable.value for variable in variables]
+    values = [variable.value for variable in variables]
+    read = tf.function(
+        lambda: [value.value() if callable(getattr(value, "value", None)) else value for value in values],
+        autograph=False,
+    )
+    # What is called is its one trace: of calls of the function itself, for model after model, TensorFlow warns.
+    return read.get_concrete_function()
+
+
+def _is_on_host(value) -> bool:
+    return keras.backend.backend() == "jax" or "CPU" in value.device
+
+
+@tf.function(autograph=False, reduce_retracing=True)
+def _all_equal(now, before):
+    """Compare where the values are, so that one truth value is moved and not all weights."""
+    return tf.reduce_all([tf.reduce_all(a == b) for a, b in zip(now, before, strict=True)])

@@ -1,0 +1,340 @@
+"""Estimation: estimate(), what a model costs before it is trained: memory, hours, electricity."""
+
+import math
+import statistics
+import time
+
+import numpy as np
+
+from ..runtime.backend import keras, tf
+from ..runtime.distribution import known_precision, predict
+from ..evaluation.bits import FINAL_TOKENS, VALIDATION_TOKENS, batch_rows, scorer
+from ..training.fast.fast_training import fast_training
+from ..runtime.hardware import available_bytes, gpu_watts, process_bytes, processor_joules
+from ..models.networks import build
+from ..models.sizes import at_least_1, dimensions
+from .tables import duration, number, scaled
+from ..training.train import check_candidates, compile_model, phases, usual_candidates
+
+# What `initialise` and `baselines` take for each token that they count, measured with 21 MB of text, and of how many
+# tokens they do.
+_COUNTING_BYTES, _COUNTED_TOKENS = 118, 10_000_000
+_WARMUP_STEPS = 3  # the first compiles, the next two still warm up
+# What TensorFlow takes beside the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:
+# once, and for each layer.
+_GRAPH_BYTES = {"transformer": (80e6, 50e6), "lstm": (200e6, 23e6)}
+
+
+def estimate(
+    model: str = "transformer",
+    size: str = "tiny",
+    *,
+    vocab_size: int,
+    context: int,
+    batch_size: int,
+    steps: int,
+    num_layers: int | None = None,
+    num_heads: int | None = None,
+    hidden_dim: int | None = None,
+    dropout: float = 0.1,
+    precision: str = "auto",
+    num_candidates: int | None = None,
+    train_tokens: int = 0,
+    valid_tokens: int = 0,
+    validations: int = 10,
+    seconds: float = 10.0,
+    watts: float | None = None,
+) -> dict[str, float]:
+    """Estimate what a training costs: parameters, FLOPs, memory, and after a short measurement time and energy.
+
+    All but time and energy are formulas; no model is built for them, so they also tell of a model that no
+    machine here could hold. For time, real training steps of this very model run on this device for about
+    `seconds`, unless it does not fit. Memory is that of the whole process, Python and TensorFlow among it. Its
+    formulas were fitted to models of 1 to 4 layers on TensorFlow and a CPU, where they are within 10 % of a real
+    run (`benchmarks/estimate_accuracy.py`); on a GPU, and with JAX, they are rough.
+
+    Args:
+        model: "transformer" or "lstm".
+        size: "tiny", "small" or "base"; `num_layers`, `num_heads` and `hidden_dim` replace its dimensions.
+        vocab_size: V, the number of token ids.
+        context: T, the tokens in a window.
+        batch_size: B, the windows in a step.
+        steps: the number of training steps.
+        num_layers: see `transformer` and `lstm`.
+        num_heads: see `transformer`.
+        hidden_dim: see `transformer` and `lstm`.
+        dropout: see `transformer` and `lstm`; for the measurement, the formulas take it as given.
+        precision: "float32", "mixed_bfloat16", "mixed_float16", or "auto", see `run_pipeline`.
+        num_candidates: see `train`; for the measurement, the formulas tell of steps over all tokens.
+        train_tokens: the tokens to learn from, which are counted before and after the training.
+        valid_tokens: the tokens of the held-out documents. A training validates on at most some 200,000 of them, and
+            a run is measured on at most 1,000,000 in the end.
+        validations: how often, see `train`.
+        seconds: how long to measure; 0 measures nothing.
+        watts: the power that the machine draws while it trains; by default it is read where the system
+            tells (RAPL counters of the processor, `nvidia-smi` of a GPU).
+
+    Returns:
+        `dict[str, float]`: "parameters"; "forward_flops_per_token", "train_flops_per_token" (three times as
+        many) and "train_flops" of all steps; in bytes "weights_bytes", "gradients_bytes", "optimizer_bytes"
+        (AdamW's two moments), "activations_bytes" (kept for the backward pass, logits among them),
+        "overhead_bytes" (temporaries, graph, allocator), "runtime_bytes" (this process as it is now; 0 if the system
+        does not tell), their sum, or what the counting of `train_tokens` takes if that is more, "peak_memory_bytes",
+        "generation_bytes_per_text" (KV cache or LSTM state), and "available_memory_bytes" (missing where the system
+        does not tell, as on macOS). If measured: "num_candidates", "step_seconds" (the median; of steps among
+        candidates and others the mean), "tokens_per_second", "validation_hours", "hours" (steps and validations); and
+        if power is known: "watts", "kilowatt_hours".
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> figures = estimate(
+        ...     "transformer", "base", vocab_size=50_257, context=1024, batch_size=8, steps=1000, seconds=0
+        ... )
+        >>> figures["parameters"], round(figures["train_flops"] / 1e15)
+        (124439808.0, 7)
+
+    Source:
+        Operations are counted as in J. Kaplan et al., "Scaling laws for neural language models" (2020): two for
+        each weight of a matrix product, and the backward pass twice the forward one; to that come the products
+        of attention and of the head.
+    """
+    replaced = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
+    chosen = dimensions(model, size, **replaced)
+    at_least_1(vocab_size=vocab_size, context=context, batch_size=batch_size, steps=steps)
+    precision = known_precision(precision)
+    check_candidates(num_candidates or 0, batch_size * context, vocab_size)
+    if not seconds >= 0 or (watts is not None and not watts > 0):
+        raise ValueError(f"seconds must be at least 0 and watts above 0, got {seconds} and {watts}.")
+    count = _count_transformer if model == "transformer" else _count_lstm
+    parameters, flops, activations, temporaries, cache = count(
+        vocab_size, context, batch_size, bytes_per_float=4 if precision == "float32" else 2, **chosen
+    )
+    graph, graph_per_layer = _GRAPH_BYTES[model]
+    figures = {
+        "parameters": parameters,
+        "forward_flops_per_token": flops,
+        "train_flops_per_token": 3 * flops,
+        "train_flops": 3 * flops * steps * batch_size * context,
+        "weights_bytes": 4 * parameters,
+        "gradients_bytes": 4 * parameters,
+        "optimizer_bytes": 8 * parameters,
+        "activations_bytes": activations,
+        "overhead_bytes": graph + graph_per_layer * chosen["num_layers"] + 4 * parameters + temporaries,  # best weights
+        "runtime_bytes": process_bytes() or 0.0,
+    }
+    counting = (
+        _COUNTING_BYTES * min(train_tokens, _COUNTED_TOKENS) + figures["weights_bytes"] + figures["runtime_bytes"]
+    )
+    training = sum(value for name, value in figures.items() if name.endswith("_bytes"))
+    figures["peak_memory_bytes"] = max(training, counting)
+    figures["generation_bytes_per_text"] = cache
+    if (available := available_bytes()) is not None:
+        figures["available_memory_bytes"] = available
+    if seconds and _fits(figures):
+        built = build(model, vocab_size, context, size, **replaced, dropout=dropout, precision=precision)
+        if num_candidates is None:
+            num_candidates = usual_candidates(built, batch_size * context, vocab_size)
+        step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, steps, num_candidates, seconds)
+        evaluated = validations * min(valid_tokens, VALIDATION_TOKENS) + min(valid_tokens, FINAL_TOKENS)
+        validation_seconds = evaluated * _seconds_per_token(built, vocab_size, context, seconds) if evaluated else 0.0
+        del built
+        figures["num_candidates"] = num_candidates
+        figures["step_seconds"] = step_seconds
+        figures["tokens_per_second"] = batch_size * context / step_seconds
+        figures["validation_hours"] = validation_seconds / 3600
+        figures["hours"] = (step_seconds * steps + validation_seconds) / 3600
+        watts = read_watts if watts is None else watts
+        if watts is not None:
+            figures["watts"], figures["kilowatt_hours"] = watts, figures["hours"] * watts / 1000
+    return {name: float(value) for name, value in figures.items()}
+
+
+def memory_warning(model: str = "transformer", size: str = "tiny", *, batch_size: int, context: int, **settings) -> str:
+    """Say whether a training does not fit into the memory of this device, and what would make it fit.
+
+    Args:
+        model: see `estimate`.
+        size: see `estimate`.
+        batch_size: see `estimate`.
+        context: see `estimate`.
+        **settings: the other settings of `estimate`.
+
+    Returns:
+        `str`, one sentence; empty if it fits.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> memory_warning("transformer", "tiny", vocab_size=6000, context=36, batch_size=16, steps=1)
+        ''
+    """
+    settings = {**settings, "seconds": 0}
+    figures = estimate(model, size, batch_size=batch_size, context=context, **settings)
+    if _fits(figures):
+        return ""
+    needed, available = figures["peak_memory_bytes"], figures["available_memory_bytes"] + figures["runtime_bytes"]
+    problem = f"This training needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
+    smaller_batches = [batch_size >> k for k in range(1, batch_size.bit_length())]
+    changes = [({"batch_size": b}, f"batch_size {b}") for b in smaller_batches]
+    changes += [
+        ({"batch_size": 1, "context": c}, f"batch_size 1 and context {c}") for c in (context // 2, context // 4) if c
+    ]
+    sizes = ("small", "tiny") if size == "base" else ("tiny",)
+    for other in sizes:
+        changes += [({"size": other, "num_layers": None, "num_heads": None, "hidden_dim": None}, f"size {other}")]
+        changes += [
+            ({"size": other, "num_layers": None, "num_heads": None, "hidden_dim": None, "batch_size": b},
+             f"size {other} and batch_size {b}")
+            for b in smaller_batches
+        ]  # fmt: skip
+    for change, words in changes:
+        given = {"model": model, "size": size, "batch_size": batch_size, "context": context, **settings, **change}
+        if _fits(estimate(**given)):
+            return f"{problem}. It would fit with {words}."
+    return f"{problem}. No smaller batch, context or size of this vocabulary fits: use a machine with more memory."
+
+
+def _bytes(value: float) -> str:
+    return f"{scaled(value)}B"
+
+
+# The figures in words, and how they are written.
+_TABLE = {
+    "parameters": ("parameters", number),
+    "forward_flops_per_token": ("forward pass, per token", lambda n: f"{scaled(n)}FLOPs"),
+    "train_flops_per_token": ("training, per token", lambda n: f"{scaled(n)}FLOPs"),
+    "train_flops": ("whole training", lambda n: f"{scaled(n)}FLOPs"),
+    "weights_bytes": ("weights", _bytes),
+    "gradients_bytes": ("gradients", _bytes),
+    "optimizer_bytes": ("optimizer", _bytes),
+    "activations_bytes": ("activations", _bytes),
+    "overhead_bytes": ("temporary arrays and graph", _bytes),
+    "runtime_bytes": ("this process before training", _bytes),
+    "peak_memory_bytes": ("peak memory", _bytes),
+    "generation_bytes_per_text": ("generation, per text", _bytes),
+    "available_memory_bytes": ("free memory", _bytes),
+    "num_candidates": ("tokens in the softmax", lambda n: number(n) if n else "all"),
+    "step_seconds": ("time per step", duration),
+    "tokens_per_second": ("speed", lambda n: f"{n:,.0f} tokens/s"),
+    "validation_hours": ("validation time", lambda hours: duration(3600 * hours)),
+    "hours": ("total time", lambda hours: duration(3600 * hours)),
+    "watts": ("power", lambda watts: f"{scaled(watts)}W"),
+    "kilowatt_hours": ("energy", lambda kilowatt_hours: f"{scaled(1000 * kilowatt_hours)}Wh"),
+}
+
+
+def describe(figures: dict[str, float]) -> str:
+    """Write the figures of `estimate` as lines of a table, in words and in units that can be read.
+
+    Example:
+        >>> print(describe({"parameters": 1_110_400.0, "weights_bytes": 4.44e6, "hours": 0.05, "watts": 65.0}))
+        parameters                           1,110,400
+        weights                                4.44 MB
+        total time                               3 min
+        power                                     65 W
+    """
+    rows = ((_TABLE[name], value) for name, value in figures.items())
+    return "\n".join(f"{label:30}{write(value):>16}" for (label, write), value in rows)
+
+
+# Of the next two, activations and temporaries are those that TensorFlow was seen to hold at the peak of a training step
+# on a CPU, by the sizes of what it had allocated: so many arrays of each shape.
+
+
+def _count_transformer(vocab, context, batch, bytes_per_float, num_layers, num_heads, hidden_dim):
+    v, t, d, m, f = vocab, context, hidden_dim, 4 * hidden_dim, bytes_per_float
+    parameters = (v + t) * d + num_layers * (4 * d * d + 2 * d * m + 9 * d + m) + 2 * d
+    flops = num_layers * (2 * (4 * d * d + 2 * d * m) + 4 * t * d) + 2 * v * d
+    # Expanded, GELU and its parts; norms, projections, residuals and dropout masks; scores before and after softmax.
+    wide, narrow, scores = 5 * m * f, d * (42 if f == 4 else 35), num_heads * t * (2 * f + 1)
+    activations = batch * t * (num_layers * (wide + narrow + scores) + 16 * d + v * _logit_bytes(f))
+    # Of each matrix copies while its gradient is clipped and applied, and what the allocator keeps for the next step.
+    temporaries = 8 * parameters + 0.2 * activations
+    return parameters, flops, activations, temporaries, 2 * num_layers * t * d * f
+
+
+def _count_lstm(vocab, context, batch, bytes_per_float, num_layers, hidden_dim, embedding_dim):
+    v, t, d, e, f = vocab, context, hidden_dim, embedding_dim, bytes_per_float
+    widths_in = [e] + [d] * (num_layers - 1)
+    project = 0 if e == d else d * e
+    parameters = v * e + sum(4 * d * (w + d + 1) for w in widths_in) + (project + e if project else 0)
+    flops = sum(8 * d * (w + d) for w in widths_in) + 2 * project + 2 * v * e
+    logits = batch * t * v * _logit_bytes(f)
+    # Gates, hidden states and float32 cell states of each step, and the inputs before and after dropout.
+    activations = batch * t * sum(5 * d * f + 4 * d + 2.25 * w * f for w in widths_in) + logits
+    # The gradients of a layer's gates, step by step and as a whole; the logits are gone by then. Of each matrix copies
+    # while its gradient is clipped and applied.
+    temporaries = max(0, batch * t * 8 * d * f - logits) + 4 * parameters
+    return parameters, flops, activations, temporaries, 2 * num_layers * d * f
+
+
+def _logit_bytes(bytes_per_float: int) -> int:
+    """Of each logit: in float32 one array, in mixed precision that and what it was cast from and to."""
+    return 4 if bytes_per_float == 4 else 10
+
+
+def _fits(figures: dict[str, float]) -> bool:
+    available = figures.get("available_memory_bytes", math.inf)
+    return figures["peak_memory_bytes"] - figures["runtime_bytes"] <= available
+
+
+def _measure(
+    model, vocab_size: int, context: int, batch_size: int, steps: int, num_candidates: int, seconds: float
+) -> tuple[float, float | None]:
+    """Run training steps on random ids: their time, and the power read meanwhile."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, (batch_size, context + 1), dtype=np.int32)
+    data = tf.data.Dataset.from_tensors((ids[:, :-1], ids[:, 1:])).repeat()
+    compile_model(model, steps=1_000_000)
+    parts = phases(model, 1000, num_candidates, np.ones(vocab_size))
+    step_seconds, watts, end_before = 0.0, None, 0
+    for phase in parts:
+        timer = _Timer(seconds / len(parts))
+        with fast_training(phase.model, steps * batch_size * context) as (trained, _):
+            batches = phase.prepare(data, 0)
+            trained.fit(batches, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
+        step_seconds += statistics.median(timer.step_seconds) * (phase.end - end_before) / 1000
+        watts = timer.watts if timer.watts is not None else watts
+        end_before = phase.end
+    return step_seconds, watts
+
+
+def _seconds_per_token(model, vocab_size: int, context: int, seconds: float) -> float:
+    """Evaluate random ids as a validation does, whose windows are full."""
+    scoring = scorer(model)
+    text = np.random.default_rng(0).integers(0, vocab_size, 64 * context, dtype=np.int32).reshape(64, context)
+    rows = text[: batch_rows(context, vocab_size)]
+    predict(scoring, [rows, rows])  # the first compiles
+    began, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - began < seconds / 10:
+        predict(scoring, [rows, rows])
+        done += rows.size
+    return (time.perf_counter() - began) / done
+
+
+class _Timer(keras.callbacks.Callback):
+    """Time steps after the first few, and stop when the time is over."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds, self.step_seconds, self.num_steps, self.watts = seconds, [], 0, None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        now = time.perf_counter()
+        if self.num_steps == _WARMUP_STEPS:
+            self.began, self.joules = now, processor_joules()
+        elif self.num_steps > _WARMUP_STEPS:
+            self.step_seconds.append(now - self.last)
+            if now - self.began >= self.seconds:
+                self._read_power(now - self.began)
+                self.model.stop_training = True
+        self.num_steps, self.last = self.num_steps + 1, now
+
+    def _read_power(self, seconds: float) -> None:
+        joules = processor_joules()
+        if joules is not None and self.joules is not None and joules > self.joules:
+            self.watts = (joules - self.joules) / seconds
+        if (reading := gpu_watts()) is not None:
+            self.watts = (self.watts or 0.0) + reading

@@ -1,0 +1,178 @@
+"""Backend and device: `keras` and `tf`, loaded quietly. Every room that needs them takes them from here."""
+
+import contextlib
+import functools
+import gc
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from .cores import usable_cores
+from .keras_internals import forget_retracing, registered_gradients
+
+# What TensorFlow's libraries log, such as "I0000 00:00:1795749208.239711    4558 port.cc:153] oneDNN ...".
+_LOG_LINE = re.compile(rb"[IWEF]\d{4} .*\.cc:\d+\]|\d{4}-\d\d-\d\d .*\.cc:\d+\]|WARNING: All log messages before absl")
+
+
+@contextlib.contextmanager
+def hidden_native_logs() -> Iterator[None]:
+    """Hide the log lines that native code writes to file descriptor 2; show them after all if the block fails.
+
+    What other threads write there meanwhile is shown at the end.
+    """
+    try:
+        sys.stderr.flush()
+        original = os.dup(2)
+    except (OSError, AttributeError):  # no standard error at all, as under pythonw: nothing to hide
+        yield
+        return
+    try:
+        hidden = tempfile.TemporaryFile()  # noqa: SIM115 (closed below)
+    except OSError:  # no place for one: then nothing is hidden
+        os.close(original)
+        yield
+        return
+    with hidden:
+        os.dup2(hidden.fileno(), 2)
+        has_failed = True
+        try:
+            yield
+            has_failed = False
+        finally:
+            os.dup2(original, 2)
+            os.close(original)
+            hidden.seek(0)
+            for line in hidden:
+                if has_failed or not _LOG_LINE.match(line):
+                    os.write(2, line)
+
+
+# What `fused` lets XLA do on a CPU: fuse elementwise operations and sums, and leave products to oneDNN, which is faster
+# at them. TensorFlow reads it once, when it is loaded; by itself it changes nothing.
+_FUSION = "--tf_xla_cpu_global_jit --tf_xla_ops_to_cluster=FUSIBLE --tf_xla_max_cluster_size=60"
+
+
+def _load_backend():
+    """Import Keras and TensorFlow without TensorFlow's start-up lines.
+
+    TensorFlow writes some of them whatever TF_CPP_MIN_LOG_LEVEL says. A user who sets it to 0 wants to see
+    everything, and does.
+    """
+    if "tensorflow" not in sys.modules:
+        os.environ.setdefault("TF_XLA_FLAGS", _FUSION)
+    backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
+    if backend in ("torch", "openvino"):
+        raise ValueError(
+            f"aigc_tf runs on TensorFlow or JAX, got KERAS_BACKEND={backend}. Set it to tensorflow or jax."
+        )
+    quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"
+    with hidden_native_logs() if quiet else contextlib.nullcontext():
+        import keras
+        import tensorflow as tf
+
+        # Looking for devices is when TensorFlow reports a missing GPU driver.
+        tf.config.list_physical_devices()
+        if keras.backend.backend() != "tensorflow":
+            # TensorFlow only feeds data then: the accelerator belongs to the other backend.
+            tf.config.set_visible_devices([], "GPU")
+    return keras, tf
+
+
+keras, tf = _load_backend()
+
+
+def uses_gpu() -> bool:
+    """Tell whether the backend computes on a GPU."""
+    if keras.backend.backend() == "jax":
+        # Asked for GPUs alone, JAX raises an error where there are none.
+        return any(name.startswith(("gpu", "cuda")) for name in keras.distribution.list_devices())
+    return bool(tf.config.list_logical_devices("GPU"))
+
+
+def uses_accelerator() -> bool:
+    """Tell whether the backend computes on a GPU or TPU."""
+    if keras.backend.backend() == "jax":
+        return any(not name.startswith("cpu") for name in keras.distribution.list_devices())
+    return any(tf.config.list_logical_devices(kind) for kind in ("GPU", "TPU"))
+
+
+def num_threads(kind: str = "intra") -> int:
+    """Return how many threads TensorFlow has, as it was told, or else one for each core.
+
+    Args:
+        kind: "intra" for those that share an operation, "inter" for those that compute operations side by side.
+    """
+    named = os.environ.get(f"TF_NUM_{kind.upper()}OP_THREADS", "").strip()
+    # TensorFlow passes over what is no number there, too.
+    told = getattr(tf.config.threading, f"get_{kind}_op_parallelism_threads")()
+    return told or (int(named) if named.isdecimal() else 0) or usable_cores()
+
+
+def gpu_bytes_in_use() -> int:
+    """Count the memory of the first GPU that arrays of this process hold."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
+    return tf.config.experimental.get_memory_info("GPU:0")["current"]
+
+
+@functools.cache
+def xla_jit(function, *static):
+    """Compile a function of tensors for the device, by XLA, on TensorFlow or JAX.
+
+    Args:
+        function: of `static` and then, by position, of tensors or nests of them, the second of which it may use up:
+            JAX gives its memory to the result.
+        *static: what is compiled in, hashable.
+
+    Returns:
+        The function of the tensors. It is traced once for each kind of them: their nests, shapes and dtypes.
+    """
+    function = functools.partial(function, *static)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function, donate_argnums=1)
+    function = tf.function(function, jit_compile=True, autograph=False)
+    forget_retracing(function)  # there are many kinds, each traced once
+    return function
+
+
+@contextlib.contextmanager
+def fused() -> Iterator[bool]:
+    """Let XLA fuse the elementwise operations of graphs that TensorFlow makes meanwhile on a CPU; tell whether it does.
+
+    A graph of a training takes 5 to 15 seconds more to compile, and is faster by a tenth to a half afterwards.
+    """
+    on_cpu = keras.backend.backend() == "tensorflow" and not uses_accelerator()
+    if not on_cpu or os.environ.get("TF_XLA_FLAGS") != _FUSION:
+        yield False
+        return
+    before = tf.config.optimizer.get_jit()
+    tf.config.optimizer.set_jit("autoclustering")
+    try:
+        yield True
+    finally:
+        tf.config.optimizer.set_jit(before == "autoclustering")
+
+
+@contextlib.contextmanager
+def freed_graphs() -> Iterator[None]:
+    """Let go of the graphs of a training, which TensorFlow would keep as long as the process lives.
+
+    In each training the optimizer's sum over replicas registers a gradient function under a name of its own,
+    and that function holds the whole graph of the step: 20 to 40 MB for a tiny model. `clear_session` does not
+    free it, and forgets the user's dtype policy.
+    """
+    gradient_functions = registered_gradients()
+    before = set(gradient_functions)
+    try:
+        yield
+    finally:
+        for name in set(gradient_functions) - before:
+            if name.startswith("CustomGradient-"):
+                del gradient_functions[name]
+        gc.collect()

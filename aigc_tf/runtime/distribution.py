@@ -1,0 +1,278 @@
+"""Distribution: use_devices(), on which devices to train, how they share the work, in which precision."""
+
+import re
+import weakref
+
+import numpy as np
+
+from .backend import keras, tf
+from .keras_internals import forget_retracing
+
+# Which axis of a weight is divided where a model is too large for a device: one of heads, of the middle of a block or
+# of a layer's units. What is not named, such as norms, is on each device whole.
+_DIVIDED = [
+    (r"block_\d+_attention/(query|key|value)/(kernel|bias)", -2),
+    (r"block_\d+_attention/attention_output/kernel", 0),
+    (r"block_\d+_mlp_expand/(kernel|bias)", -1),
+    (r"block_\d+_mlp_project/kernel", 0),
+    (r"lstm_\d+/lstm_cell/(kernel|recurrent_kernel|bias)", -1),
+    (r"token_embedding/embeddings|position_embedding/embeddings|head/kernel", -1),
+]
+
+
+def use_devices(
+    count: int | None = None,
+    *,
+    model_parallel: int = 1,
+    precision: str = "auto",
+    coordinator: str | None = None,
+    num_hosts: int = 1,
+    host: int = 0,
+) -> str:
+    """Train on these devices from now on. Call it before a model is built; nothing else in a script changes.
+
+    Several devices share each batch, each with a model of its own and the sum of all gradients. A model that does
+    not fit into one device is divided among `model_parallel` of them. Several GPUs work with TensorFlow; TPUs,
+    divided models and several hosts with JAX (`KERAS_BACKEND=jax`, extra `[jax]`).
+
+    Args:
+        count: how many devices, of all hosts; None takes all there are. With 1 and one host, what was chosen before
+            is taken back.
+        model_parallel: among how many devices one model is divided. It divides `count`, and of the model the number
+            of heads and the widths.
+        precision: the dtype policy of models from now on: "float32", "mixed_bfloat16", "mixed_float16", or "auto" for
+            what the device computes best in. That is bfloat16 on a TPU and on GPUs that have it (compute capability 8.0
+            and above), float16 with a scaled loss on GPUs that have tensor cores for that alone (7.x, such as the T4),
+            else float32.
+        coordinator: the address of host 0 and a free port, "10.0.0.1:1234", where a training runs on several hosts:
+            each starts the same script with its own `host`, and sees the same files.
+        num_hosts: the number of hosts.
+        host: the number of this one, from 0.
+
+    Returns:
+        A sentence that says what is used.
+
+    Raises:
+        ValueError: there are not so many devices, a number does not divide another, or the backend cannot do it.
+
+    Example:
+        >>> use_devices(1, precision="float32")
+        'CPU, float32'
+    """
+    if model_parallel < 1 or num_hosts < 1 or not 0 <= host < num_hosts:
+        raise ValueError(
+            "model_parallel and num_hosts must be at least 1, and host from 0 to num_hosts - 1, got "
+            f"{model_parallel}, {num_hosts} and {host}."
+        )
+    is_jax = keras.backend.backend() == "jax"
+    if not is_jax and (model_parallel > 1 or num_hosts > 1):
+        raise ValueError(
+            "A model divided among devices, and several hosts, need JAX: pip install jax, and set "
+            "KERAS_BACKEND=jax before Python starts."
+        )
+    if model_parallel > 1 and num_hosts > 1:
+        raise ValueError("A model divided among devices can be trained on one host only, so far.")
+    if num_hosts > 1:
+        if coordinator is None:
+            raise ValueError(
+                'Several hosts need a coordinator, the address of host 0 and a free port: "10.0.0.1:1234".'
+            )
+        keras.distribution.initialize(coordinator, num_hosts, host)
+    devices = keras.distribution.list_devices() if is_jax else _tensorflow_devices()
+    count = len(devices) if count is None else count
+    if not 1 <= count <= len(devices):
+        raise ValueError(f"count must be from 1 to the number of devices here, {len(devices)}, got {count}.")
+    if count % model_parallel:
+        raise ValueError(f"count must be a multiple of model_parallel, got {count} and {model_parallel}.")
+    devices = devices[:count]
+    if is_jax:
+        _distribute_jax(devices, model_parallel)
+    else:
+        _distribute_tensorflow(devices)
+    precision = known_precision(precision)
+    keras.config.set_dtype_policy(precision)
+    kind = re.split("[:/]", devices[0].removeprefix("/device:"))[0].upper()
+    shared = f"{count} x {kind}" if count > 1 else kind
+    divided = f", a model divided among {model_parallel}" if model_parallel > 1 else ""
+    hosts = f", {num_hosts} hosts" if num_hosts > 1 else ""
+    return f"{shared}{hosts}{divided}, {precision}"
+
+
+def known_precision(precision: str) -> str:
+    """Resolve "auto" to what the device computes best in, and refuse what no model here computes in."""
+    if precision not in ("auto", "float32", "mixed_bfloat16", "mixed_float16"):
+        raise ValueError(f"precision must be auto, float32, mixed_bfloat16 or mixed_float16, got {precision!r}.")
+    return native_precision() if precision == "auto" else precision
+
+
+def native_precision() -> str:
+    """Name the dtype policy that the device computes best in (see `use_devices`)."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        device = jax.local_devices()[0]
+        if device.platform == "tpu":
+            return "mixed_bfloat16"
+        capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+        # NVIDIA's is a number such as "8.0"; AMD's is a name such as "gfx90a".
+        is_number = re.fullmatch(r"\d+(\.\d+)?", str(capability))
+        return _precision_of(float(capability)) if is_number else "float32"
+    if tf.config.list_logical_devices("TPU"):
+        return "mixed_bfloat16"
+    gpus = tf.config.list_physical_devices("GPU")
+    details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+    return _precision_of(*details["compute_capability"]) if "compute_capability" in details else "float32"
+
+
+def _precision_of(capability: float, minor: int = 0) -> str:
+    return "mixed_bfloat16" if capability >= 8 else "mixed_float16" if capability >= 7 else "float32"
+
+
+def num_replicas() -> int:
+    """Count the models that share a batch: 1, unless `use_devices` says otherwise."""
+    if keras.backend.backend() == "jax":
+        distribution = keras.distribution.distribution()
+        return distribution.num_model_replicas if distribution else 1
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def num_hosts() -> int:
+    """Count the processes that train together."""
+    if keras.backend.backend() != "jax":
+        return 1
+    import jax
+
+    return jax.process_count()
+
+
+def is_first_host() -> bool:
+    """Tell whether this process is the one that writes files and shows what happens."""
+    if keras.backend.backend() != "jax":
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
+def hosts_are_to_stop(look: int) -> bool:
+    """Tell whether one of several hosts received a SIGTERM, at the same look on all of them.
+
+    JAX takes that signal where there are several hosts: it does not end a process.
+
+    Args:
+        look: the number of this look, by one more each time.
+    """
+    if num_hosts() == 1:
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(look)
+
+
+def check_distribution(batch_size: int) -> None:
+    """Refuse, before a training begins, what would go wrong in the midst of it, or silently.
+
+    Args:
+        batch_size: B, the windows in a step.
+
+    Raises:
+        ValueError: the devices do not share such a batch evenly, or Keras' distribution is set with TensorFlow, where
+            it trains on one device without a word.
+    """
+    if keras.backend.backend() == "tensorflow" and keras.distribution.distribution() is not None:
+        raise ValueError(
+            "keras.distribution does nothing on TensorFlow: it trains on one device. Use aigc_tf.use_devices, or JAX "
+            "(KERAS_BACKEND=jax)."
+        )
+    replicas = num_replicas()
+    if batch_size % replicas:
+        raise ValueError(
+            f"A batch of {batch_size} windows cannot be shared by {replicas} devices. Take a batch_size that is a "
+            f"multiple of {replicas}, or fewer devices."
+        )
+
+
+def predict(model: keras.Model, inputs) -> np.ndarray:
+    """Compute a model's output for one batch, the same on one device and on several.
+
+    Args:
+        model: the model.
+        inputs: an array, or a list of them for a model of several inputs, of any number of rows.
+
+    Returns:
+        The output, an array of as many rows.
+    """
+    if keras.backend.backend() == "jax" and keras.distribution.distribution():
+        weights, states = ([v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables))
+        return np.asarray(_jax_function(model)(weights, states, inputs))
+    if keras.backend.backend() == "tensorflow":
+        model.make_predict_function()
+        forget_retracing(model.predict_function)  # every evaluation compiles one, once for each shape
+    # On TensorFlow each of several devices computes all rows, and Keras puts all that they give in one.
+    return model.predict_on_batch(inputs)[: len(inputs[0] if isinstance(inputs, list) else inputs)]
+
+
+def forget_compiled(model: keras.Model) -> None:
+    """Let the next `predict` compile a model anew, as the settings of its layers have changed."""
+    model.predict_function = None
+    _jax_functions.pop(model, None)
+
+
+_jax_functions = weakref.WeakKeyDictionary()
+
+
+def _jax_function(model):
+    """Compile a model for all devices, with a result that each of them, and so each host, has whole."""
+    if model not in _jax_functions:
+        import jax
+
+        mesh = keras.distribution.distribution().device_mesh.backend_mesh
+        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        reference = weakref.ref(model)
+
+        def call(weights, states, inputs):
+            return reference().stateless_call(weights, states, inputs)[0]
+
+        _jax_functions[model] = jax.jit(call, out_shardings=everywhere)
+    return _jax_functions[model]
+
+
+def _tensorflow_devices() -> list[str]:
+    for kind in ("GPU", "CPU"):
+        if devices := tf.config.list_logical_devices(kind):
+            return [device.name for device in devices]
+    raise ValueError("TensorFlow shows no device.")
+
+
+def _distribute_tensorflow(devices: list[str]) -> None:
+    strategy = tf.distribute.MirroredStrategy(devices) if len(devices) > 1 else None
+    tf.distribute.experimental_set_strategy(strategy)
+
+
+def _distribute_jax(devices: list[str], model_parallel: int) -> None:
+    if len(devices) == 1:
+        distribution = None
+    elif model_parallel == 1:
+        distribution = keras.distribution.DataParallel(devices=devices)
+    else:
+        shape = (len(devices) // model_parallel, model_parallel)
+        mesh = keras.distribution.DeviceMesh(shape, ("batch", "model"), np.array(devices).reshape(shape))
+        distribution = _Divided(layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name="batch")
+    keras.distribution.set_distribution(distribution)
+
+
+class _Divided(keras.distribution.ModelParallel):
+    """Keras' model parallelism by the shapes of variables, not by their names alone, and with an error that says."""
+
+    def get_variable_layout(self, variable):
+        axes = [None] * len(variable.shape)
+        parts = self.device_mesh.shape[1]
+        for pattern, axis in _DIVIDED:
+            if re.search(f"(^|/)({pattern})$", variable.path):  # the optimizer's moments are laid out as their weights
+                if variable.shape[axis] % parts:
+                    raise ValueError(
+                        f"A model divided among {parts} devices needs multiples of {parts} as its number of heads and "
+                        f"its widths, got the shape {tuple(variable.shape)} of {variable.path}."
+                    )
+                axes[axis] = "model"
+        return keras.distribution.TensorLayout(axes, self.device_mesh)

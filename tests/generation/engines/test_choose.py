@@ -1,0 +1,235 @@
+import itertools
+import multiprocessing
+import os
+import sys
+
+import numpy as np
+import pytest
+from conftest import message_of, spread, table_model
+
+import aigc_tf
+from aigc_tf import generate, generate_batch, kneser_ney, stream
+from aigc_tf.generation import writer
+from aigc_tf.generation.batch import Batch, Noise
+from aigc_tf.generation.engines import choose, device_loop
+from aigc_tf.generation.engines.engine import make_engine
+from aigc_tf.generation.engines.weight_cache import model_weights
+from aigc_tf.generation.processors import log_softmax
+from aigc_tf.generation.sampler import Sampler, check_settings
+from aigc_tf.runtime import numba_tools
+
+PLAIN = check_settings()
+BANNED = check_settings(banned=["黄河"])
+
+
+@pytest.fixture(scope="module")
+def model(build, tokenizer):
+    return spread(build(tokenizer.vocab_size, 8))
+
+
+def test_the_engine_is_chosen_by_model_device_and_settings(model, tokenizer, documents, monkeypatch):
+    def chosen(model, settings=PLAIN, **others):
+        return choose.choose_engine(model, "auto", settings, **others)[0]
+
+    weights = model_weights(model)
+    assert chosen(model) == "numba"
+    assert chosen(table_model(tokenizer, {})) == chosen(kneser_ney(documents, tokenizer)) == "model"
+    assert chosen(weights) == "numpy"  # numba would take longer to load
+    monkeypatch.setattr(choose, "_PARAMETERS_WORTH_LOADING_NUMBA", 1)
+    assert chosen(weights) == "numba"
+    monkeypatch.setattr(choose, "_has_accelerator", lambda: True)
+    assert chosen(model) == "device"
+    assert chosen(weights) == "numba"  # of a process without Keras
+    assert chosen(model, BANNED) == chosen(model, num_beams=2) == "numba"
+    assert chosen(table_model(tokenizer, {})) == "model"
+    monkeypatch.setattr(choose, "_has_accelerator", lambda: False)
+    monkeypatch.setattr(numba_tools, "_forked", True)
+    assert chosen(model) == chosen(weights) == "numpy"
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy", "model"])
+def test_each_engine_writes_the_likeliest_text(model, tokenizer, engine):
+    settings = {"max_new_tokens": 6, "temperature": 0}
+    expected = generate(model, tokenizer, "白日", engine="model", **settings)
+    assert generate(model, tokenizer, "白日", engine=engine, **settings) == expected
+    assert "".join(stream(model, tokenizer, "白日", engine=engine, **settings)) == expected
+    assert generate_batch(model, tokenizer, ["白日", "白"], engine=engine, **settings)[0] == expected
+
+
+def test_what_is_written_does_not_depend_on_how_much_may_be(model, tokenizer):
+    weights = model_weights(model)
+    for source in (model, weights):
+        long = generate(source, tokenizer, "白", max_new_tokens=3000, seed=5)
+        assert long.startswith(generate(source, tokenizer, "白", max_new_tokens=20, seed=5))
+
+
+def test_an_engine_that_cannot_be_used_is_refused(model, tokenizer, monkeypatch):
+    def refused(model, engine, **settings):
+        message = message_of(ValueError, generate, model, tokenizer, "白", engine=engine, **settings)
+        assert message == message_of(ValueError, stream, model, tokenizer, "白", engine=engine, **settings)
+        return message
+
+    other, weights = table_model(tokenizer, {}), model_weights(model)
+    assert "engine must be one of auto, numba, numpy, device, model, got 'gpu'" in refused(model, "gpu")
+    for engine in ("numba", "numpy", "device"):
+        assert 'Take engine="model"' in refused(other, engine)
+    assert "needs the model itself" in refused(weights, "model")
+    assert 'engine="device" does not support banned, forced' in refused(
+        model, "device", banned=["黄河"], forced=["明月"]
+    )
+    assert "num_beams" in message_of(ValueError, generate, model, tokenizer, "白", engine="device", num_beams=2)
+    monkeypatch.setattr(numba_tools, "_forked", True)
+    assert "was forked" in refused(model, "numba")
+
+
+@pytest.fixture
+def without_numba(monkeypatch):
+    """Numba, importable again afterwards, under the import of which something goes wrong."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "numba"]:
+        monkeypatch.delitem(sys.modules, name)
+    numba_tools._problem_of_import.cache_clear()
+    yield monkeypatch
+    numba_tools._problem_of_import.cache_clear()
+
+
+def test_a_numba_that_cannot_be_imported_is_said_once_and_done_without(model, tokenizer, without_numba, tmp_path):
+    (tmp_path / "numba.py").write_text('raise ImportError("Numba needs NumPy 2.3 or less.\\nGot 2.9")')
+    without_numba.syspath_prepend(tmp_path)
+    settings = {"max_new_tokens": 6, "seed": 0}
+    with pytest.warns(UserWarning, match=r"slower: .*Numba needs NumPy 2\.3 or less\. Got 2\.9"):
+        text = generate(model, tokenizer, "白", **settings)
+    assert text == generate(model, tokenizer, "白", engine="numpy", **settings)  # and no other warning
+    assert "Numba needs NumPy" in message_of(ValueError, generate, model, tokenizer, "白", engine="numba")
+
+
+def test_a_numba_that_is_switched_off_is_said_once_and_done_without(model, tokenizer, monkeypatch):
+    import numba
+
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    numba_tools._problem_of_import.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="NUMBA_DISABLE_JIT"):
+            assert choose.choose_engine(model, "auto", PLAIN)[0] == "numpy"
+        assert choose.choose_engine(model, "auto", PLAIN)[0] == "numpy"
+    finally:
+        numba_tools._problem_of_import.cache_clear()
+
+
+def in_a_child(function) -> str:
+    """Return what a function returns in a forked child, or how the child ended."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(write, str(function()).encode())
+        except BaseException as error:
+            os.write(write, repr(error).encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        said = pipe.read().decode()
+    status = os.waitpid(child, 0)[1]
+    return said if status == 0 else f"status {status}"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_child_writes_with_numpy(tokenizer):
+    weights = model_weights(spread(aigc_tf.transformer(tokenizer.vocab_size, 8, hidden_dim=16)))
+    settings = {"max_new_tokens": 8, "seed": 0}
+    generate(weights, tokenizer, "白", engine="numba", **settings)  # so that numba's threads run
+    begun = stream(weights, tokenizer, "白", engine="numba", **settings)
+    next(begun)
+    next(begun)
+    expected = generate(weights, tokenizer, "白", engine="numpy", **settings)
+
+    def write():
+        engine, source = choose.choose_engine(weights, "auto", PLAIN)
+        return f"{engine} {generate(source, tokenizer, '白', **settings)}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "_PARAMETERS_WORTH_LOADING_NUMBA", 1)
+        assert choose.choose_engine(weights, "auto", PLAIN)[0] == "numba"
+        assert in_a_child(write) == f"numpy {expected}"
+    assert "was forked" in in_a_child(lambda: generate(weights, tokenizer, "白", engine="numba", **settings))
+    assert "Begin it anew" in in_a_child(lambda: list(begun))
+
+
+def write_in_a_pool(seed):
+    return generate(*write_in_a_pool.model, "白", max_new_tokens=8, seed=seed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_pool_of_forked_workers_writes(tokenizer):
+    model = aigc_tf.lstm(tokenizer.vocab_size, 8, hidden_dim=16)
+    generate(model, tokenizer, "白", engine="numba", max_new_tokens=2)
+    write_in_a_pool.model = model_weights(model), tokenizer
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        texts = pool.map_async(write_in_a_pool, range(4)).get(timeout=120)  # it would be made anew without end
+    assert texts == [write_in_a_pool(seed) for seed in range(4)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_fork_while_compiled_code_runs_does_not_hang(tokenizer):
+    weights = model_weights(aigc_tf.lstm(tokenizer.vocab_size, 8, hidden_dim=16))
+    with numba_tools.one_at_a_time:
+        assert (
+            in_a_child(lambda: len(generate(weights, tokenizer, "白", max_new_tokens=3, temperature=0)) > 0) == "True"
+        )
+        assert in_a_child(numba_tools.numba_is_usable) == "False"
+    assert numba_tools.numba_is_usable()
+
+
+CONTEXT = 16
+
+
+@pytest.fixture(scope="module")
+def trained(build, tokenizer, documents):
+    model = build(tokenizer.vocab_size, CONTEXT)
+    data = aigc_tf.make_dataset(documents[:40], tokenizer, CONTEXT, 4, seed=0)
+    aigc_tf.train(model, data, tokenizer, documents[:4], steps=20, progress=False)
+    return model
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy", "model"])
+def test_a_trained_model_predicts_as_well_by_each_engine(trained, tokenizer, documents, engine):
+    texts = [text for text in documents[:40] if len(text) < CONTEXT - 2]
+    nats = 0.0
+    for text in texts:
+        read = make_engine(trained, 1, engine).read
+        ids = [tokenizer.BOS, *tokenizer.encode(text), tokenizer.EOS]
+        for position, (i, following) in enumerate(itertools.pairwise(ids)):
+            logits = read(*np.array([[0], [position], [i]]))
+            nats -= log_softmax(logits)[0, following]
+    chars = sum(map(len, texts))
+    expected = aigc_tf.evaluate(trained, tokenizer, texts)
+    assert nats / np.log(2) / chars == pytest.approx(expected["bits_per_char"], abs=1e-3)
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy", "device"])
+def test_a_trained_model_predicts_as_well_beyond_its_context(build, trained, tokenizer, engine):
+    num_tokens, nats, over = 3 * CONTEXT, np.zeros(1), np.zeros(1, bool)
+    sampler = Sampler(tokenizer, check_settings(temperature=1.0, top_p=None, logit_bias={tokenizer.EOS: -np.inf}))
+    if engine == "device":
+        weights, prompts = model_weights(trained), [[tokenizer.BOS]]
+        written = device_loop.steps(weights, sampler, prompts, Noise([0]), num_tokens, over, log_probabilities=nats)
+    else:
+        texts = Batch(make_engine(trained, 1, engine), [[tokenizer.BOS]])
+        written = writer.write_on(texts, sampler, Noise([0]), num_tokens, over, nats)
+    ids = np.array([tokenizer.BOS, *np.concatenate(list(written))])
+    assert len(ids) == num_tokens + 1
+
+    # By the plain graph, window by window; an LSTM's state goes on, as if its context were longer.
+    longer = build(tokenizer.vocab_size, CONTEXT if build.architecture == "transformer" else num_tokens)
+    longer.set_weights(trained.get_weights())
+    start, windows, lasts = 0, [], []
+    for end in range(1, num_tokens + 1):
+        if end - start > longer.input_shape[1]:
+            start = end - CONTEXT // 2
+        windows.append(np.resize(ids[start:end], longer.input_shape[1]))
+        lasts.append(end - start - 1)
+    logits = longer.predict_on_batch(np.array(windows))[range(num_tokens), lasts]
+    expected = np.take_along_axis(log_softmax(np.array(logits)), ids[1:, None], axis=1).mean()
+    assert nats[0] / num_tokens == pytest.approx(expected, abs=1e-3)

@@ -1,0 +1,332 @@
+import gc
+import json
+
+import numpy as np
+import pytest
+from conftest import breaking_tokens, spread
+
+from aigc_tf import generate, generate_batch, load, lstm, save, transformer
+from aigc_tf.generation.engines import weight_cache
+from aigc_tf.generation.engines.engine import make_engine
+from aigc_tf.generation.engines.weight_cache import model_weights
+from aigc_tf.models.graph import read_weights
+from aigc_tf.runtime.backend import keras
+
+T, V = 12, 301
+LENGTHS = [5, 1, 9]
+
+
+def weights_of(model):
+    config = json.loads(model.to_json())["config"]
+    return read_weights(config, lambda name: model.get_layer(name).get_weights())
+
+
+@pytest.fixture(params=[0.0, 0.1], ids=["", "dropout"])
+def model(build, request):
+    return spread(build(V, T, dropout=request.param))
+
+
+@pytest.fixture
+def texts():
+    return np.random.default_rng(1).integers(0, V, (len(LENGTHS), T))
+
+
+def tokens(texts, spans):
+    """Return (rows, positions, ids) of texts[row][start:end]."""
+    triples = [(row, at, texts[row][at]) for row, (start, end) in spans.items() for at in range(start, end)]
+    return np.array(triples, np.int64).T.copy()
+
+
+def decoders(model):
+    """Each decoder there is for a model, and how near it comes to the model's own logits."""
+    weights = weights_of(model)
+    yield make_engine(weights, len(LENGTHS), "numpy").read, 1e-4
+    yield make_engine(weights, len(LENGTHS), "numba").read, 8e-3
+    yield make_engine(model, len(LENGTHS), "model").read, 1e-5
+
+
+def test_logits_are_those_of_the_graph(model, texts):
+    expected = np.array(model.predict_on_batch(texts))
+    assert expected.std() > 0.5
+    for decode, tolerance in decoders(model):
+        # Prompts of three lengths in one call, then a token a call, of rows that fall out one by one.
+        prompts = {row: (0, length) for row, length in enumerate(LENGTHS)}
+        np.testing.assert_allclose(
+            decode(*tokens(texts, prompts)), expected[range(3), np.array(LENGTHS) - 1], atol=tolerance
+        )
+        for step in range(T):
+            spans = {row: (n + step, n + step + 1) for row, n in enumerate(LENGTHS) if n + step < T}
+            if spans:
+                rows, positions, ids = tokens(texts, spans)
+                logits = decode(rows, positions, ids)
+                np.testing.assert_allclose(logits, expected[rows, positions], atol=tolerance)
+                assert logits.shape == (len(spans), V)
+
+
+def test_a_row_can_begin_anew_and_read_pieces_of_any_length(model, texts):
+    expected = np.array(model.predict_on_batch(texts))
+    for decode, tolerance in decoders(model):
+        decode(*tokens(texts[::-1], {0: (0, T), 1: (0, T), 2: (0, T)}))
+        for start, end in ((0, 2), (2, 7), (7, T)):
+            logits = decode(*tokens(texts, {0: (start, end), 2: (start, end)}))
+            np.testing.assert_allclose(logits, expected[[0, 2], end - 1], atol=tolerance)
+
+
+def greedy(model, tokenizer, prompt, max_new_tokens, window):
+    """The likeliest token each time, after the tokens that `window` chooses, by the plain graph."""
+    ids = [tokenizer.BOS, *tokenizer.encode(prompt)]
+    first = len(ids)
+    for _ in range(max_new_tokens):
+        seen = window(ids)
+        logits = np.array(model.predict_on_batch(np.array([seen + [0] * (model.input_shape[1] - len(seen))])))
+        logits = logits[0, len(seen) - 1]
+        logits[[tokenizer.PAD, tokenizer.BOS, *breaking_tokens(tokenizer, ids)]] = -np.inf
+        if logits.argmax() == tokenizer.EOS:
+            break
+        ids.append(int(logits.argmax()))
+    return prompt + "".join(tokenizer.decode_stream(ids[first:], cut=True))
+
+
+class Halves:
+    """The newest tokens from a start that moves on when more than T stand after it, to the newest T / 2."""
+
+    start = 0
+
+    def __call__(self, ids):
+        if len(ids) - self.start > T:
+            self.start = len(ids) - T // 2
+        return ids[self.start :]
+
+
+@pytest.mark.parametrize("prompt", ["", "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"])
+def test_beyond_the_context(build, tokenizer, prompt):
+    # In float32: where two tokens are as likely within the rounding of a weight to 16 bits, either may come.
+    settings = {"max_new_tokens": 30, "temperature": 0, "engine": "numpy"}
+    model = spread(build(tokenizer.vocab_size, T))
+    if build.architecture == "lstm":  # its state goes on: as if the context were longer
+        longer = build(tokenizer.vocab_size, 64)
+        longer.set_weights(model.get_weights())
+        expected = greedy(longer, tokenizer, prompt, 30, lambda ids: ids)
+    else:
+        expected = greedy(model, tokenizer, prompt, 30, Halves())
+    assert len(tokenizer.encode(expected)) > 2 * T
+    assert generate(model, tokenizer, prompt, **settings) == expected
+    assert generate_batch(model, tokenizer, ["日", prompt], **settings)[1] == expected
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, TypeError])
+def test_a_layer_that_cannot_tell_its_configuration_is_no_obstacle(tokenizer, error):
+    class Doubled(keras.layers.Layer):
+        def __init__(self, anything):
+            super().__init__()
+
+        def call(self, x):
+            return 2 * x
+
+    if error is TypeError:
+        Doubled.get_config = lambda self: {"anything": object()}
+    ids = keras.Input((T,), dtype="int32")
+    embedded = keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size)(ids)
+    model = keras.Model(ids, Doubled(object())(embedded))
+    with pytest.raises(error):
+        model.to_json()
+    assert generate(model, tokenizer, "白", max_new_tokens=3, seed=0).startswith("白")
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_a_loaded_model_of_any_precision_is_read_fast(build, tokenizer, tmp_path, precision):
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(precision)
+    try:
+        model = build(tokenizer.vocab_size, T)
+    finally:
+        keras.config.set_dtype_policy(previous)
+    save(tmp_path / "run", model, tokenizer)
+    loaded, _ = load(tmp_path / "run")
+    ours, theirs = weights_of(model), weights_of(loaded)
+    assert ours is not None
+    np.testing.assert_array_equal(ours.token_embedding, theirs.token_embedding)
+    assert ours.token_embedding.dtype == np.float32
+
+
+def test_an_untied_lstm_is_read_fast(texts):
+    from aigc_tf import lstm
+
+    for settings in ({"tie_embeddings": False}, {"embedding_dim": 16}):
+        model = spread(lstm(V, T, hidden_dim=16, **settings))
+        decoder = make_engine(model, 1, "numpy")
+        assert weights_of(model) is not None
+        assert decoder.num_positions is None
+        np.testing.assert_allclose(
+            decoder.read(*tokens(texts, {0: (0, T)}))[0], np.array(model.predict_on_batch(texts[:1]))[0, -1], atol=1e-4
+        )
+
+
+def test_weights_are_the_same_object_while_they_are_equal(build):
+    model = build(V, T)
+    weights = model_weights(model)
+    assert model_weights(model) is weights
+    model.set_weights(model.get_weights())  # equal values elsewhere in memory
+    assert model_weights(model) is weights
+    model.set_weights([2 * value for value in model.get_weights()])
+    assert model_weights(model) is not weights
+
+
+def test_a_model_that_only_looks_like_ours_is_read_through_itself(build, tokenizer, monkeypatch):
+    model = spread(build(tokenizer.vocab_size, T))
+    layer = model.get_layer("logits")
+    monkeypatch.setattr(layer, "call", lambda x: x[:, :, ::-1])  # which no configuration tells
+    with pytest.warns(UserWarning, match="computes something else"):
+        assert model_weights(model) is None
+    assert model_weights(model) is None  # it is not tried again
+    decoder = make_engine(model, 1, "numba")
+    logits = decoder.read(np.zeros(3, np.int64), np.arange(3), np.arange(3))[0]
+    np.testing.assert_allclose(logits, np.array(model(np.arange(T)[None]))[0, 2], atol=1e-5)
+
+
+def test_a_long_context_is_compared_over_a_few_tokens(build, monkeypatch):
+    lengths, make = [], weight_cache.numpy_engine
+
+    def counting(*args):
+        read, copy = make(*args)
+        return lambda rows, positions, ids: lengths.append(len(ids)) or read(rows, positions, ids), copy
+
+    monkeypatch.setattr(weight_cache, "numpy_engine", counting)
+    assert model_weights(spread(build(V, 5 * weight_cache._COMPARED))) is not None
+    assert lengths == [weight_cache._COMPARED]
+
+
+def test_a_model_that_looks_ahead_is_read_through_itself(build, monkeypatch):
+    model = spread(build(V, T))
+    layer = model.get_layer("logits")
+    monkeypatch.setattr(layer, "call", lambda x: x + x[:, ::-1])
+    with pytest.warns(UserWarning, match="computes something else"):
+        assert model_weights(model) is None
+
+
+def test_each_way_to_change_a_variable_is_noticed(build, tmp_path):
+    model = spread(build(V, T))
+    other = tmp_path / "other.weights.h5"
+    spread(build(V, T, seed=1)).save_weights(other)
+    variable = model.weights[0]
+    first = np.zeros_like(variable)
+    first[0, 0] = 1
+    for change in (
+        lambda: variable.assign(variable + first),
+        lambda: variable.assign_add(first),
+        lambda: variable.assign_sub(3 * first),
+        lambda: model.load_weights(other),
+        lambda: model.set_weights([value + 1 for value in model.get_weights()]),
+    ):
+        before = model_weights(model)
+        assert model_weights(model) is before
+        change()
+        after = model_weights(model)
+        assert after is not before
+        np.testing.assert_array_equal(after.token_embedding, np.asarray(model.get_layer("token_embedding").weights[0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("Dense", "activation", keras.activations.relu),
+        ("LayerNormalization", "epsilon", 0.5),
+        ("MultiHeadAttention", "_inverse_sqrt_key_dim", 2.0),  # which no configuration tells
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The model has the layers and settings of one of ours")
+def test_a_setting_of_a_layer_that_changes_is_noticed(tokenizer, kind, name, value):
+    model = spread(transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8))
+    ids = np.arange(T)[None]
+
+    def logits():
+        return make_engine(model, 1, "numpy").read(*np.array([[0] * T, range(T), ids[0]]))[0]
+
+    before = logits()
+    np.testing.assert_allclose(before, np.array(model(ids))[0, -1], atol=1e-4)
+    weights = model_weights(model)
+    assert model_weights(model) is weights
+    layer = next(layer for layer in model.layers if type(layer).__name__ == kind)
+    old = getattr(layer, name)
+    setattr(layer, name, value)
+    after = logits()
+    np.testing.assert_allclose(after, np.array(model(ids))[0, -1], atol=1e-4)
+    assert np.abs(after - before).max() > 1e-3
+    setattr(layer, name, old)
+    np.testing.assert_allclose(logits(), before, atol=1e-6)
+
+
+def test_layers_that_came_or_went_are_noticed(tokenizer):
+    from aigc_tf.generation.engines.weight_watch import LayerSettings
+
+    ids = keras.Input((T,), dtype="int32")
+    x = keras.layers.Embedding(tokenizer.vocab_size, 8)(ids)
+    one, two = keras.Model(ids, x), keras.Model(ids, keras.layers.Dense(8)(x))  # of the same layers, and one more
+    assert LayerSettings(one).is_current(one)
+    assert not LayerSettings(one).is_current(two)
+    assert not LayerSettings(two).is_current(one)
+
+
+def test_what_is_known_of_a_model_does_not_keep_it_alive(tokenizer):
+    model = transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8)
+    model_weights(model)
+    known = len(weight_cache._read_before)
+    del model
+    gc.collect()
+    assert len(weight_cache._read_before) < known
+
+
+def test_values_are_compared_where_they_are(build):
+    from aigc_tf.generation.engines.weight_watch import Watch
+
+    model = build(V, T)
+    watch = Watch(model)
+    watch._on_host = False  # as on a GPU
+    assert watch.is_current(model)
+    model.weights[-1].assign(model.weights[-1] + 1)
+    assert not watch.is_current(model)
+
+
+def test_one_model_after_the_other_is_read_without_a_warning(tensorflow_log):
+    from aigc_tf.generation.engines.weight_watch import Watch
+
+    for _ in range(8):
+        ids = keras.Input((T,), dtype="int32")
+        Watch(keras.Model(ids, keras.layers.Embedding(V, V)(ids)))
+    assert tensorflow_log.messages == []
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])
+def test_logits_of_16_bits_are_chosen_from(tokenizer, policy):
+    ids = keras.Input((T,), dtype="int32")
+    model = keras.Model(ids, keras.layers.Embedding(tokenizer.vocab_size, tokenizer.vocab_size, dtype=policy)(ids))
+    assert generate(model, tokenizer, "白", max_new_tokens=3, seed=0).startswith("白")
+    logits = make_engine(model, 1, "model").read(*np.zeros((3, 1), np.int64))
+    assert logits.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["call", "__call__"])
+def test_a_class_that_overrides_its_call_is_read_through_itself(tokenizer, tmp_path, name):
+    ours = spread(lstm(tokenizer.vocab_size, context=T, num_layers=1, hidden_dim=8))
+
+    def shifted(self, *args, **kwargs):
+        return getattr(super(kind, self), name)(*args, **kwargs) + keras.ops.one_hot([300], tokenizer.vocab_size) * 1e-3
+
+    kind = type("Shifted", (keras.Model,), {name: shifted})
+    model = kind(ours.input, ours.output)
+    assert model_weights(ours) is not None
+    assert model_weights(model) is None
+    with pytest.raises(ValueError, match="Shifted overrides its call, which would be lost. Make what it does a layer"):
+        save(tmp_path, model, tokenizer)
+    plain = type("Plain", (keras.Model,), {"train_step": lambda self, data: {}})(ours.input, ours.output)
+    assert model_weights(plain) is not None
+
+
+def test_a_model_that_changes_one_logit_is_read_through_itself(build):
+    model = build(V, T)
+    weights = model_weights(model)
+    assert weight_cache._agree(model, weights)
+    logits = model.output
+    change = keras.ops.max(keras.ops.abs(logits)) * (-2 * keras.ops.one_hot([[7]], V))
+    other = keras.Model(model.input, logits + change)
+    assert not weight_cache._agree(other, weights)

@@ -1,0 +1,665 @@
+import itertools
+import pickle
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+from conftest import CLAUSES, breaking_tokens, message_of, spread, table_model
+
+import aigc_tf
+from aigc_tf import Tokenizer, generate, generate_batch, kneser_ney, stream
+from aigc_tf.generation import processors, writer
+from aigc_tf.generation.batch import Batch, Noise
+from aigc_tf.generation.engines.engine import make_engine
+from aigc_tf.generation.sampler import Sampler, check_settings
+from aigc_tf.runtime.backend import keras
+
+T = 48
+
+
+@pytest.fixture
+def model(build, tokenizer):
+    model = build(tokenizer.vocab_size, T, dropout=0.0)
+    # Untrained logits are all alike: spread them, so that chance and context tell.
+    for weight in model.trainable_weights:
+        weight.assign(weight * 8)
+    return model
+
+
+@pytest.fixture(params=["numpy", "numba"])
+def engine(request):
+    return request.param
+
+
+def only(tokenizer, text):
+    """A bias that leaves nothing but the characters of a text and the end."""
+    kept = {tokenizer.EOS, *tokenizer.encode(text)}
+    return dict.fromkeys(set(range(tokenizer.vocab_size)) - kept, -float("inf"))
+
+
+def greedy_by_hand(model, tokenizer, prompt, max_new_tokens):
+    ids = [tokenizer.BOS, *tokenizer.encode(prompt)]
+    new = []
+    for _ in range(max_new_tokens):
+        newest = ids[-T:]
+        logits = np.array(model.predict_on_batch(np.array([newest + [0] * (T - len(newest))], np.int32)))
+        logits = logits[0, len(newest) - 1]
+        logits[[tokenizer.PAD, tokenizer.BOS, *breaking_tokens(tokenizer, ids)]] = -np.inf
+        ids.append(int(logits.argmax()))
+        if ids[-1] == tokenizer.EOS:
+            break
+        new.append(ids[-1])
+    return prompt + tokenizer.decode(new)
+
+
+@pytest.mark.parametrize("prompt", ["", "白日", "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"])
+def test_temperature_0_is_the_argmax_loop(model, tokenizer, prompt):
+    expected = greedy_by_hand(model, tokenizer, prompt, 20)
+    assert generate(model, tokenizer, prompt, max_new_tokens=20, temperature=0) == expected
+    assert len(expected) > len(prompt)
+
+
+def test_what_follows_the_prompt_does_not_reach_the_logits(model, tokenizer):
+    # The same prompt at the left of a batch of longer ones, hence with other rows and more steps around it.
+    prompts = ["白", "白日依山尽，黄河入海流。", ""]
+    batch = generate_batch(model, tokenizer, prompts, max_new_tokens=15, seed=3)
+    alone = [generate(model, tokenizer, p, max_new_tokens=15, seed=3 + i) for i, p in enumerate(prompts)]
+    assert batch == alone
+
+
+def test_a_seed_repeats_the_text_and_another_changes_it(model, tokenizer):
+    settings = {"max_new_tokens": 20, "temperature": 5.0, "top_p": None}
+    texts = [generate(model, tokenizer, "白日", seed=seed, **settings) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    samples = generate_batch(model, tokenizer, ["白日"] * 5, seed=1, **settings)
+    assert len(set(samples)) == 5
+    assert generate(model, tokenizer, **settings) != generate(model, tokenizer, **settings)
+
+
+def test_top_k_1_is_greedy_and_top_p_narrows(model, tokenizer):
+    greedy = generate(model, tokenizer, "白", max_new_tokens=10, temperature=0)
+    assert generate(model, tokenizer, "白", max_new_tokens=10, top_k=1, top_p=None, seed=5) == greedy
+    assert generate(model, tokenizer, "白", max_new_tokens=10, top_p=1e-6, seed=5) == greedy
+    assert generate(model, tokenizer, "白", max_new_tokens=10, temperature=1e-4, seed=5) == greedy
+
+
+def test_it_stops_at_the_end_of_the_document(tokenizer):
+    a, b, c = tokenizer.encode("白日依")
+    # After the end this model would begin anew.
+    model = table_model(tokenizer, {tokenizer.BOS: a, a: b, b: c, tokenizer.EOS: a})
+    assert generate(model, tokenizer, max_new_tokens=50) == "白日依"
+    assert generate(model, tokenizer, max_new_tokens=2) == "白日"
+    assert generate(model, tokenizer, max_new_tokens=0) == ""
+    assert generate_batch(model, tokenizer, ["", "日", "山"], max_new_tokens=9) == ["白日依", "日依", "山"]
+    assert generate_batch(model, tokenizer, []) == []
+
+
+def test_the_newest_tokens_are_kept(tokenizer):
+    a, b = tokenizer.encode("白日")
+    model = table_model(tokenizer, {a: b, b: a})
+    prompt = "山" * 100 + "白"
+    assert generate(model, tokenizer, prompt, max_new_tokens=30) == prompt + "日白" * 15
+
+
+def test_padding_and_begin_are_never_written(tokenizer):
+    a, b = tokenizer.encode("白日")
+    model = table_model(tokenizer, {tokenizer.BOS: a, a: tokenizer.PAD, b: tokenizer.BOS})
+    for settings in ({"temperature": 0}, {"seed": 1}):
+        assert generate(model, tokenizer, max_new_tokens=5, top_p=None, **settings).startswith("白")
+    flat = table_model(tokenizer, {i: i for i in range(tokenizer.vocab_size)})
+    for layer in flat.layers[1:]:
+        layer.embeddings.assign(np.zeros(layer.embeddings.shape, np.float32))
+    sampler = Sampler(tokenizer, check_settings(temperature=1.0, top_p=None))
+    texts = Batch(make_engine(flat, 400, "numpy"), [[tokenizer.BOS]] * 400)
+    for ids in writer.write_on(texts, sampler, Noise(list(range(400))), 4, np.zeros(400, bool)):
+        assert not {tokenizer.PAD, tokenizer.BOS} & set(ids.tolist())
+        assert len(set(ids.tolist())) > 100
+
+
+def test_a_stream_joins_to_the_text(model, tokenizer):
+    settings = {"max_new_tokens": 20, "seed": 4}
+    pieces = list(stream(model, tokenizer, "白日", **settings))
+    assert "".join(pieces) == generate(model, tokenizer, "白日", **settings)
+    assert pieces[0] == "白日"
+
+
+def test_a_stream_never_shows_half_a_character():
+    tokenizer = Tokenizer.train(["白"])
+    ids = [tokenizer.BOS, *tokenizer.encode("龘🐉")]  # seven bytes
+    model = table_model(tokenizer, dict(itertools.pairwise(ids)))
+    assert list(stream(model, tokenizer, max_new_tokens=9)) == ["", "龘", "🐉"]
+
+
+def test_a_prompt_of_unseen_characters_works(model, tokenizer):
+    text = generate(model, tokenizer, "🐉龘", max_new_tokens=9, temperature=0, engine="numpy")
+    # By hand half a character at the end is shown.
+    assert text.rstrip("\ufffd") == greedy_by_hand(model, tokenizer, "🐉龘", 9).rstrip("\ufffd")
+
+
+def write_by_hand(model, tokenizer, prompt, uniforms, temperature=0.8, top_p=0.9, eos_bias=0.0):
+    """Write by the plain graph; return the text, and the mean of the log-probabilities that it gives to the tokens."""
+    ids, scores = [tokenizer.BOS, *tokenizer.encode(prompt)], []
+    first = len(ids)
+    for uniform in uniforms:
+        logits = np.array(model.predict_on_batch(np.array([ids + [0] * (T - len(ids))], np.int32)))[0, len(ids) - 1]
+        changed = logits.copy()
+        changed[[tokenizer.PAD, tokenizer.BOS, *breaking_tokens(tokenizer, ids)]] = -np.inf
+        changed[tokenizer.EOS] += eos_bias
+        changed = processors.keep_top_p(processors.apply_temperature(changed, temperature), top_p)
+        ids.append(int(processors.draw(changed, uniform)))
+        scores.append(processors.log_softmax(logits)[ids[-1]])
+        if ids[-1] == tokenizer.EOS:
+            break
+    return prompt + "".join(tokenizer.decode_stream(ids[first:], cut=True)), np.mean(scores)
+
+
+def test_chance_is_that_of_the_seed_and_the_settings_are_applied(model, tokenizer):
+    for seed in range(3):
+        uniforms = np.random.default_rng(seed).random(25)
+        for settings in ({}, {"temperature": 1.3, "top_p": 0.7}):
+            expected, _ = write_by_hand(model, tokenizer, "白日", uniforms, **settings)
+            settings = {"max_new_tokens": 25, "seed": seed, "engine": "numpy", **settings}
+            assert generate(model, tokenizer, "白日", **settings) == expected
+
+
+def test_best_of_is_the_likeliest_of_the_texts_of_its_seeds(model, tokenizer):
+    # The end comes now and then, so that texts of several lengths compete.
+    settings = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.95, "logit_bias": {tokenizer.EOS: 5.0}}
+    settings["engine"] = "numpy"
+    prompts, lengths = ["白", "依山尽", ""], set()
+    for best_of, seed in ((2, 0), (5, 1)):
+        expected = []
+        for i, prompt in enumerate(prompts):
+            seeds = [seed + i, *((seed + i, j) for j in range(1, best_of))]
+            chances = [np.random.default_rng(seed).random(12) for seed in seeds]
+            texts = [write_by_hand(model, tokenizer, prompt, u, 1.5, 0.95, eos_bias=5.0) for u in chances]
+            assert texts[0][0] == generate(model, tokenizer, prompt, seed=seed + i, **settings)
+            lengths.update(len(tokenizer.encode(text)) - len(tokenizer.encode(prompt)) for text, _ in texts)
+            expected.append(max(texts, key=lambda pair: pair[1])[0])
+        assert generate_batch(model, tokenizer, prompts, seed=seed, best_of=best_of, **settings) == expected
+        alone = [
+            generate(model, tokenizer, p, seed=seed + i, best_of=best_of, **settings) for i, p in enumerate(prompts)
+        ]
+        assert alone == expected
+    assert len(lengths) > 2
+
+
+def test_best_of_goes_by_the_average_of_all_tokens_and_the_end():
+    tokenizer = Tokenizer.train(["白日依山"])
+    white, sun, hill, eos = *tokenizer.encode("白日山"), tokenizer.EOS
+    settings = {"max_new_tokens": 12, "temperature": 1.0, "top_p": None, "best_of": 30, "seed": 0}
+    # 白 and what follows are less likely in all, 1/2 · 1/2 to 日's 1/2; but twelve tokens share it, and 日's two.
+    model = table_model(tokenizer, {tokenizer.BOS: [white, sun], white: [hill, sun], hill: hill, sun: eos})
+    assert generate(model, tokenizer, **settings) == "白" + "山" * 11
+    # Where the others have 1/2 for each token 日 is best, as its end is a token too.
+    model = table_model(tokenizer, {tokenizer.BOS: [white, sun], white: [hill, sun], hill: [hill, white], sun: eos})
+    assert generate(model, tokenizer, **{**settings, "max_new_tokens": 4}) == "日"
+
+
+def test_best_of_asks_the_model_and_not_the_settings():
+    tokenizer = Tokenizer.train(["白日依山"])
+    white, sun, hill, eos = *tokenizer.encode("白日山"), tokenizer.EOS
+    model = table_model(tokenizer, {tokenizer.BOS: [white, sun], white: eos, sun: [hill, eos], hill: eos})
+    settings = {"max_new_tokens": 9, "temperature": 1.0, "top_p": None, "best_of": 40, "seed": 0}
+    # What the settings prefer, 日 and after it 山, comes more often, but the model finds 白 likelier.
+    for preferring in ({"logit_bias": {"日": 2.0, "山": 2.0}}, {"presence_penalty": -2.0, "logit_bias": {"日": 2.0}}):
+        assert generate(model, tokenizer, **settings, **preferring) == "白"
+
+
+def test_prompts_of_very_different_lengths_do_not_touch_each_other(model, tokenizer, engine):
+    long = "，".join(CLAUSES)
+    prompts = ["", "白", long * 2, "龘🐉", long[:T], long[: T - 1], long[: T - 2] + "龘", "\n"]
+    settings = {"max_new_tokens": 10, "top_p": 0.95, "temperature": 1.0, "engine": engine}
+    batch = generate_batch(model, tokenizer, prompts, seed=3, **settings)
+    alone = [generate(model, tokenizer, prompt, seed=3 + i, **settings) for i, prompt in enumerate(prompts)]
+    assert batch == alone
+    assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(batch, prompts, strict=True))
+
+
+def test_a_text_may_be_many_times_as_long_as_the_context(tokenizer, engine):
+    # Longer too than what is first made room for, in columns and in random numbers.
+    context, length = 8, 600
+    model = spread(aigc_tf.transformer(tokenizer.vocab_size, context, num_layers=2, num_heads=2, hidden_dim=16))
+    bias = {**only(tokenizer, "".join(CLAUSES)), tokenizer.EOS: -float("inf")}
+    settings = {"temperature": 3.0, "top_p": None, "seed": 0, "logit_bias": bias, "engine": engine}
+    text = generate(model, tokenizer, "白", max_new_tokens=length, **settings)
+    assert len(text) == length + 1
+    # What is written last follows the newest tokens alone, by the plain graph, as what was written first.
+    ids = [tokenizer.BOS, *tokenizer.encode(text)]
+    uniforms = np.random.default_rng(0).random(length)
+    windows, starts, start = [], [], 0
+    for end in range(2, len(ids)):
+        start = end - context // 2 if end - start > context else start
+        starts.append(start)
+        windows.append(ids[start:end] + [0] * (context - end + start))
+    chosen = np.r_[:50, length - 100 : length]
+    logits = np.array(model.predict_on_batch(np.array(windows, np.int32)[chosen]))
+    logits = logits[np.arange(150), [i + 1 - starts[i] for i in chosen]]
+    logits[:, list(bias)] = -np.inf
+    drawn = processors.draw(logits / 3, uniforms[chosen])
+    assert (drawn == np.array(ids)[chosen + 2]).mean() > 0.97  # but where a number falls on a border
+
+
+def test_an_n_gram_model_writes_with_every_setting(documents, tokenizer):
+    model = kneser_ney(documents, tokenizer, order=3)
+    text = generate(
+        model, tokenizer, "白日", max_new_tokens=60, seed=0, temperature=1.2, top_k=50, top_p=0.95, min_p=0.01,
+        typical_p=0.95, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1, no_repeat_ngram=4,
+        exempt=["，", "。"], banned=["黄河"], forced=["明月", "龘"], logit_bias={"山": -1.0}, best_of=2,
+    )  # fmt: skip
+    assert "明月" in text
+    assert "龘" in text
+    assert "黄河" not in text
+    text = generate(model, tokenizer, "白日", max_new_tokens=20, num_beams=4)
+    assert text.startswith("白日依山尽")
+
+
+def test_a_model_that_has_changed_is_read_anew(model, tokenizer, engine):
+    settings = {"max_new_tokens": 15, "temperature": 0, "engine": engine}
+    before = generate(model, tokenizer, "白日", **settings)
+    for weight in model.trainable_weights:
+        weight.assign(weight * -1)
+    changed = generate(model, tokenizer, "白日", **settings)
+    assert changed == greedy_by_hand(model, tokenizer, "白日", 15).rstrip("\ufffd")  # by hand half a character is shown
+    assert changed != before
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_model_that_is_trained_on_is_read_anew(build, model, tokenizer, jit_compile):
+    # Training may change variables where they stand in memory.
+    if jit_compile and build.architecture == "lstm":
+        pytest.skip("it takes long to compile")
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(3.0), loss, jit_compile=jit_compile)
+    ids = np.array([tokenizer.encode("，".join(CLAUSES * 2))[: T + 1]], np.int32)
+    texts = []
+    for _ in range(4):
+        texts.append(generate(model, tokenizer, "白日", max_new_tokens=4, temperature=0, engine="numpy"))
+        # By hand half a character at the end is shown.
+        assert texts[-1].rstrip("\ufffd") == greedy_by_hand(model, tokenizer, "白日", 4).rstrip("\ufffd")
+        model.train_on_batch(ids[:, :-1], ids[:, 1:])
+    assert len(set(texts)) > 2
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("wrong", ["nan", "inf"])
+def test_a_model_whose_logits_are_not_finite_is_said(build, tokenizer, engine, wrong):
+    model = build(tokenizer.vocab_size, T)
+    if build.architecture == "transformer":
+        weight = model.get_layer("final_norm").weights[1]  # the offset, after which the sum of a row is of one sign
+        model.get_layer("token_embedding").weights[0].assign(np.ones((tokenizer.vocab_size, 16)))
+    else:
+        weight = model.get_layer("head").weights[1]
+        model.get_layer("token_embedding").weights[0].assign(np.ones((tokenizer.vocab_size, 8)))
+    weight.assign(np.full(weight.shape, float(wrong)))
+    for settings in ({}, {"temperature": 0}, {"repetition_penalty": 1.5}, {"num_beams": 2}):
+        settings["engine"] = engine
+        assert "not finite (NaN or infinite)" in message_of(ValueError, generate, model, tokenizer, "白", **settings)
+
+
+def test_streams_read_in_turns_are_what_they_are_alone(model, tokenizer, engine):
+    prompts, settings = ["白日", "", "依", "白日"], {"max_new_tokens": 15, "temperature": 1.0, "engine": engine}
+    alone = [generate(model, tokenizer, prompt, seed=i, **settings) for i, prompt in enumerate(prompts)]
+    streams = [stream(model, tokenizer, prompt, seed=i, **settings) for i, prompt in enumerate(prompts)]
+    texts = [""] * len(prompts)
+    # In turns, and some faster than others.
+    for turn in itertools.count():
+        pieces = [next(streams[i], None) for i in range(len(prompts)) if turn % (i + 1) == 0]
+        for i, piece in zip([i for i in range(len(prompts)) if turn % (i + 1) == 0], pieces, strict=True):
+            texts[i] += piece or ""
+        if texts == alone and turn > 80:
+            break
+        assert turn < 150
+    assert texts == alone
+
+
+def test_streams_read_by_threads_are_what_they_are_alone(model, tokenizer, engine):
+    settings = {"max_new_tokens": 20, "temperature": 1.0, "engine": engine}
+    texts = {}
+
+    def write(seed):
+        texts[seed] = "".join(stream(model, tokenizer, "白日", seed=seed, **settings))
+
+    threads = [threading.Thread(target=write, args=[seed]) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == {seed: generate(model, tokenizer, "白日", seed=seed, **settings) for seed in range(6)}
+
+
+def test_a_stream_may_be_left(model, tokenizer):
+    expected = generate(model, tokenizer, "白日", max_new_tokens=20, seed=4)
+    for num_pieces in (0, 1, 2, 5):
+        pieces = stream(model, tokenizer, "白日", max_new_tokens=20, seed=4)
+        assert expected.startswith("".join(itertools.islice(pieces, num_pieces)))
+        pieces.close()
+        assert list(pieces) == []
+    assert "".join(stream(model, tokenizer, "白日", max_new_tokens=20, seed=4)) == expected
+
+
+def test_a_stream_shows_each_character_before_the_next_is_chosen(tokenizer):
+    a, b = tokenizer.encode("白日")
+    # So a stream of more than would ever be written begins at once.
+    pieces = stream(table_model(tokenizer, {a: b, b: a}), tokenizer, "白", max_new_tokens=10**11, seed=0)
+    assert list(itertools.islice(pieces, 4)) == ["白", "日", "白", "日"]
+
+
+@pytest.mark.parametrize("name", ["best_of", "num_beams", "length_penalty"])
+def test_a_stream_refuses_what_is_known_only_at_the_end(tokenizer, name):
+    message = message_of(ValueError, stream, table_model(tokenizer, {}), tokenizer, "白", **{name: 2})
+    assert message == f"stream() does not support {name}, known only at the end. Call generate."
+
+
+def test_a_text_never_ends_in_half_a_character():
+    tokenizer = Tokenizer.train(["白"])
+    ids = [tokenizer.BOS, *tokenizer.encode("龘白🐉é")]
+    model = table_model(tokenizer, dict(itertools.pairwise(ids)))
+    for max_new_tokens in range(12):
+        num_bytes = [3, 1, 4, 2]
+        whole = sum(sum(num_bytes[: i + 1]) <= max_new_tokens for i in range(4))
+        settings = {"max_new_tokens": max_new_tokens, "temperature": 0}
+        assert generate(model, tokenizer, **settings) == "龘白🐉é"[:whole]
+        assert list(stream(model, tokenizer, **settings)) == ["", *"龘白🐉é"[:whole]]
+        assert generate_batch(model, tokenizer, ["", "白"], **settings)[0] == "龘白🐉é"[:whole]
+        assert generate(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=2) == "龘白🐉é"[:whole]
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_however_a_text_is_asked_for_its_end_is_the_same(ends):
+    # Of a model that begins a character and has none of its other bytes to go on with.
+    tokenizer = Tokenizer.train(["白"])
+    white, first = *tokenizer.encode("白"), 3 + "白".encode()[0]
+    model = table_model(tokenizer, {tokenizer.BOS: white, white: first, first: tokenizer.EOS if ends else white})
+    settings = {"max_new_tokens": 7, "temperature": 0}
+    text = generate(model, tokenizer, **settings)
+    assert "".join(stream(model, tokenizer, **settings)) == text
+    assert generate_batch(model, tokenizer, ["白", ""], **settings)[1] == text
+    assert generate(model, tokenizer, max_new_tokens=7, num_beams=2) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, "temperature must be at least 0.*, got -1"),
+        ({"temperature": float("nan")}, "temperature must be at least 0.*, got nan"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1.*, got 0"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1.*, got 0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1.*, got 1.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of at least 0, got -1"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number of at least 0, got 1.5"),
+        ({"nonsense": 1}, "There is no setting 'nonsense'. There are max_new_tokens, .*logit_bias"),
+    ],
+)
+def test_settings_that_mean_nothing_are_said(tokenizer, settings, message):
+    model = table_model(tokenizer, {})
+    for function in (generate, stream):
+        with pytest.raises(ValueError, match=message):
+            function(model, tokenizer, "白", **settings)
+    with pytest.raises(ValueError, match="same vocabulary size"):
+        generate(model, Tokenizer.train(["白日依"]), "白")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"best_of": 0}, "best_of must be a whole number of at least 1, got 0."),
+        ({"best_of": 1.5}, "best_of must be a whole number of at least 1, got 1.5."),
+        ({"num_beams": 0}, "num_beams must be a whole number of at least 1, got 0."),
+        ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan."),
+        ({"length_penalty": -float("inf")}, "length_penalty must be a finite number, got -inf."),
+        ({"length_penalty": 2.0}, "length_penalty chooses among the texts of a search: give num_beams > 1 too."),
+        (
+            {"num_beams": 2, "best_of": 2},
+            "num_beams > 1 does not support best_of > 1: a search draws no samples. Give one of them.",
+        ),
+    ],
+)
+def test_settings_of_a_search_that_mean_nothing_are_said(tokenizer, settings, expected):
+    assert message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **settings) == expected
+    assert message_of(ValueError, generate_batch, table_model(tokenizer, {}), tokenizer, [], **settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", "5"),
+        ("max_new_tokens", float("nan")),
+        ("max_new_tokens", float("inf")),
+        ("max_new_tokens", None),
+        ("best_of", "2"),
+        ("best_of", None),
+        ("num_beams", float("inf")),
+        ("num_beams", float("nan")),
+        ("length_penalty", "1"),
+        ("length_penalty", None),
+        ("seed", -1),
+        ("seed", 1.5),
+        ("seed", "7"),
+    ],
+)
+def test_settings_of_another_kind_are_said_too(tokenizer, name, value):
+    message = message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: value})
+    assert name in message
+    assert str(value) in message
+
+
+def test_a_whole_number_may_be_a_float(tokenizer):
+    a, b = tokenizer.encode("白日")
+    model = table_model(tokenizer, {a: b, b: a})
+    for settings in (
+        {"max_new_tokens": 5},
+        {"max_new_tokens": 5, "top_k": 2},
+        {"max_new_tokens": 5, "no_repeat_ngram": 2},
+        {"max_new_tokens": 5, "best_of": 2},
+        {"max_new_tokens": 5, "num_beams": 2},
+    ):
+        for kind in (float, np.float32, np.int64):
+            other = {name: kind(value) for name, value in settings.items()}
+            expected = generate(model, tokenizer, "白", seed=1, **settings)
+            assert generate(model, tokenizer, "白", seed=np.int64(1), **other) == expected
+
+
+def test_a_text_tells_what_is_new_and_why_it_ended(tokenizer):
+    a, b, c = tokenizer.encode("白日依")
+    model = table_model(tokenizer, {tokenizer.BOS: a, a: b, b: c})
+    text = generate(model, tokenizer, "白", seed=0, log_probability=True)
+    assert (text, text.new, text.ids, text.finish_reason) == ("白日依", "日依", (b, c, tokenizer.EOS), "stop")
+    assert text.log_probability == pytest.approx(0, abs=1e-3)
+    text = generate(model, tokenizer, "白", max_new_tokens=1)
+    assert (text, text.new, text.ids, text.finish_reason) == ("白日", "日", (b,), "length")
+    assert text.log_probability is None
+    copied = pickle.loads(pickle.dumps(text))
+    assert (copied, copied.new, copied.ids) == (text, text.new, text.ids)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"best_of": 3}, {"num_beams": 3}, {"forced": ["月"]}, {"presence_penalty": 1.0}, {"stop": "月"}]
+)
+def test_the_log_probability_is_that_of_the_plain_model(model, tokenizer, engine, settings):
+    settings = {"max_new_tokens": 12, "seed": 1, "engine": engine, "logit_bias": {"山": 3.0}, **settings}
+    for text in generate_batch(model, tokenizer, ["白日", ""], log_probability=True, **settings):
+        ids = [tokenizer.BOS, *tokenizer.encode(text.removesuffix(text.new)), *text.ids]
+        window = np.array([ids + [0] * (T - len(ids))], np.int32)
+        scores = processors.log_softmax(np.array(model.predict_on_batch(window))[0])
+        first = len(ids) - len(text.ids)
+        expected = sum(scores[i - 1, ids[i]] for i in range(first, len(ids)))
+        assert text.log_probability == pytest.approx(expected, abs=0.05)
+    assert generate(model, tokenizer, "白日", **settings).log_probability is None
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"best_of": 2}, {"num_beams": 2}, {"forced": ["山"]}])
+def test_a_text_ends_before_a_stop_string(tokenizer, settings):
+    ids = tokenizer.encode("日依山尽，黄河")
+    model = table_model(tokenizer, dict(zip([tokenizer.BOS, *ids], [*ids, ids[0]], strict=True)))
+    for stop, expected in (
+        ("，", "日依山尽"),
+        (["尽，", "河"], "日依山"),
+        (["河日", "尽，黄河"], "日依山"),
+        (["白"], "日依山尽，黄河日依山尽，黄河日依山尽"),
+    ):
+        text = generate(model, tokenizer, "", stop=stop, max_new_tokens=18, **settings)
+        assert text == expected
+        assert text.finish_reason == ("length" if stop == ["白"] else "stop")
+
+
+def test_a_stop_string_is_found_across_tokens_batches_and_streams(model, tokenizer, engine):
+    settings = {"max_new_tokens": 40, "temperature": 1.5, "top_p": None, "engine": engine}
+    settings["logit_bias"] = only(tokenizer, "白日山水明月")
+    prompts, num_stopped = ["白日", "", "月"] * 4, 0
+    free = generate_batch(model, tokenizer, prompts, seed=7, **settings)
+    stop = ["山水", "明月日", "日"]
+    stopped = generate_batch(model, tokenizer, prompts, seed=7, stop=stop, **settings)
+    for i, (prompt, text, whole) in enumerate(zip(prompts, stopped, free, strict=True)):
+        places = [whole.new.index(end) for end in stop if end in whole.new]
+        assert text == prompt + whole.new[: min(places, default=None)]
+        pieces = list(stream(model, tokenizer, prompt, seed=7 + i, stop=stop, **settings))
+        assert "".join(pieces) == text
+        assert generate(model, tokenizer, prompt, seed=7 + i, stop=stop, **settings) == text
+        num_stopped += bool(places)
+    assert num_stopped > 3
+
+
+def test_a_stream_holds_back_no_more_than_may_become_a_stop_string():
+    from aigc_tf.generation.writer import _until
+
+    tokenizer = aigc_tf.Tokenizer([*"白山水日明", "白水", "明日", "日白"])
+
+    def until(stop, tokens):
+        """Return what is known once each token is there."""
+        read, known = [], []
+        ids = (read.append(piece) or tokenizer.piece_id(piece) for piece in tokens)
+        for i in _until([end.encode() for end in stop], ids, tokenizer):
+            known.append((len(read), tokenizer.decode([i])))
+        return [(number, text) for number, text in known if text]
+
+    assert until(["山水"], "白山白山山水日") == [(1, "白"), (3, "山"), (3, "白"), (5, "山")]
+    assert until([], "白山") == [(1, "白"), (2, "山")]
+    assert until(["水明", "明"], ["白水", "明日"]) == [(2, "白")]
+    assert until(["白日"], ["日白", "日"]) == [(2, "日")]
+    assert until(["山水"], "白山") == [(1, "白"), (2, "山")]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"best_of": 2}, {"num_beams": 2}])
+def test_a_stop_string_acts_however_it_is_spelt(settings):
+    tokenizer = aigc_tf.Tokenizer([*"白日\ufffd"])
+    white, sun, shown = map(tokenizer.piece_id, "白日\ufffd")
+    for spelt in ([shown], [3 + byte for byte in "\ufffd".encode()]):
+        model = table_model(tokenizer, dict(zip([tokenizer.BOS, white, *spelt], [white, *spelt, sun], strict=True)))
+        text = generate(model, tokenizer, stop="\ufffd", max_new_tokens=9, **settings)
+        assert (text, text.ids, text.finish_reason) == ("白", (white, *spelt), "stop")
+        assert "".join(stream(model, tokenizer, stop="\ufffd", max_new_tokens=9)) == "白"
+
+
+def test_very_many_tokens_may_be_asked_for(tokenizer, engine):
+    a, b = tokenizer.encode("白日")
+    for model in (
+        table_model(tokenizer, {a: b, b: a}),
+        aigc_tf.transformer(tokenizer.vocab_size, 16, num_layers=1, num_heads=1, hidden_dim=8),
+    ):
+        kind = {} if len(model.layers) == 2 else {"engine": engine}
+        tracemalloc.start()
+        pieces = stream(model, tokenizer, "白", max_new_tokens=10**11, seed=0, **kind)
+        assert len(list(itertools.islice(pieces, 9))) == 9
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+        tracemalloc.stop()
+        text = generate(model, tokenizer, "白", max_new_tokens=10**11, seed=0, stop=["日", "。"], **kind)
+        assert text.startswith("白")
+
+
+@pytest.mark.parametrize("settings", [{}, {"best_of": 2}, {"num_beams": 2}, {"forced": ["月"]}])
+def test_prompts_beyond_memory_are_written_some_at_a_time(model, tokenizer, monkeypatch, settings):
+    settings = {"max_new_tokens": 12, "seed": 3, **settings}
+    prompts, batches = ["白", "", "日月", "白", "山"], []
+    expected = generate_batch(model, tokenizer, prompts, **settings)
+    make = writer.make_engine
+    monkeypatch.setattr(
+        writer, "make_engine", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
+    )
+    monkeypatch.setattr(writer, "_bytes_of_a_text", lambda source: 1)
+    monkeypatch.setattr(writer, "machine_bytes", lambda: 2.0)
+    assert generate_batch(model, tokenizer, prompts, **settings) == expected
+    assert len(batches) >= 5
+    assert len(set(batches)) <= 2
+
+
+@pytest.mark.parametrize("forced", [[], ["月"]])
+def test_candidates_beyond_memory_are_written_some_at_a_time(model, tokenizer, monkeypatch, forced):
+    settings = {"max_new_tokens": 6, "seed": 3, "best_of": 7, "forced": forced, "log_probability": True}
+    expected, batches, make = generate_batch(model, tokenizer, ["白", "日"], **settings), [], writer.make_engine
+    monkeypatch.setattr(
+        writer, "make_engine", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
+    )
+    rows_of_a_text = writer.Forcing.rows_of_a_text if forced else 1
+    monkeypatch.setattr(writer, "_bytes_of_a_text", lambda source: 1)
+    for at_once in (1, 3):
+        monkeypatch.setattr(writer, "machine_bytes", lambda at_once=at_once: 2.0 * at_once * rows_of_a_text)
+        for i, (prompt, text) in enumerate(zip(["白", "日"], expected, strict=True)):
+            alone = generate(model, tokenizer, prompt, **{**settings, "seed": 3 + i})
+            assert (alone, alone.ids) == (text, text.ids)
+            assert alone.log_probability == pytest.approx(text.log_probability, abs=1e-3)
+        assert max(batches) == at_once * rows_of_a_text
+
+
+def test_a_search_beyond_memory_is_refused(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(writer, "machine_bytes", lambda: 4e9)
+    message = message_of(ValueError, generate, model, tokenizer, num_beams=10**7)
+    assert "A search keeps num_beams texts in memory: 10000000 need about" in message
+    assert message.endswith("GB, and 4 GB are free. Lower num_beams.")
+
+
+def test_arguments_of_another_kind_are_one_clear_line(tokenizer):
+    model = table_model(tokenizer, {})
+    for function, arguments, part in (
+        (generate, (model, tokenizer, None), 'A prompt must be a text, got None. Without: "".'),
+        (
+            generate,
+            (model, tokenizer, ["白"]),
+            "A prompt must be a text, got ['白']. For several prompts call generate_batch",
+        ),
+        (generate, (model, "春风"), "The second argument must be the model's Tokenizer, got '春风'."),
+        (generate, ("runs/tang", tokenizer), "model must be a language model, got 'runs/tang'. aigc_tf.load gives"),
+        (
+            generate_batch,
+            (model, tokenizer, "春风"),
+            "prompts must be a list of texts, got '春风'. For one text call generate",
+        ),
+        (generate_batch, (model, tokenizer, None), "prompts must be a list of texts, got None"),
+        (generate_batch, (model, tokenizer, ["白", 7]), "A prompt must be a text, got 7"),
+        (stream, (model, tokenizer, 3), "A prompt must be a text, got 3"),
+    ):
+        assert part in message_of(TypeError, function, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("max_tokens", "max_new_tokens"), ("topp", "top_p"), ("stops", "stop"), ("beams", "num_beams")]
+)
+def test_a_near_miss_is_told(tokenizer, name, meant):
+    message = message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: 1})
+    assert f"There is no setting '{name}'. Did you mean {meant}?" in message
+
+
+def test_a_stop_string_within_a_forced_word_is_refused(tokenizer):
+    model = table_model(tokenizer, {})
+    message = message_of(ValueError, generate, model, tokenizer, forced=["白日"], stop="日")
+    assert message == "'白日' is forced and holds '日', at which the text stops."
+    for stop in ("", [""], [3], 3):
+        assert "stop must be" in message_of(ValueError, generate, model, tokenizer, stop=stop)
+
+
+@pytest.mark.parametrize("name", ["top_k", "no_repeat_ngram", "temperature", "best_of", "length_penalty", "seed"])
+def test_a_number_beyond_all_others_is_refused(tokenizer, name):
+    if name != "seed":
+        assert name in message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: 10**400})
+
+
+@pytest.mark.parametrize("function", [generate, lambda *args, **settings: "".join(stream(*args, **settings))])
+def test_stop_strings_may_come_from_an_iterator(tokenizer, function):
+    white, sun, hill = map(tokenizer.piece_id, "白日山")
+    model = table_model(tokenizer, {tokenizer.BOS: white, white: sun, sun: hill, hill: white})
+    settings = {"forced": ["白", "日"], "temperature": 0, "max_new_tokens": 9}
+    assert function(model, tokenizer, stop=iter(["龘", "山"]), **settings) == "白日"
+    for stop in ("日", ["龘", "日"]):
+        message = message_of(ValueError, function, model, tokenizer, stop=iter(stop), **settings)
+        assert message == "'日' is forced and holds '日', at which the text stops."

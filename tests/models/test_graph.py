@@ -1,0 +1,335 @@
+"""Which models are read as ours, and which files are read at all."""
+
+import contextlib
+import copy
+import json
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import change_weights, message_of, spread
+
+import aigc_tf
+from aigc_tf.generation.engines.engine import make_engine
+from aigc_tf.models.graph import LstmWeights, TransformerWeights, check_file, read_file, read_weights
+from aigc_tf.runtime.backend import keras
+
+T, V, D = 12, 301, 8
+layers, ops = keras.layers, keras.ops
+
+
+def config_of(model):
+    return json.loads(json.dumps(model.get_config()))
+
+
+def weights_of(model, config=None):
+    return read_weights(config or config_of(model), lambda name: model.get_layer(name).get_weights())
+
+
+def transformer(norm_first=True, act="gelu", epsilon=1e-5, approximate=True, offset=1, more=0, added=0.0, table=True,
+                by_keyword=False, mask=None, causal=True, rate=None, training=None, others=1, **attention):  # fmt: skip
+    """A Transformer as `models/networks.py` builds it, or one that differs."""
+
+    def norm(name):
+        return layers.LayerNormalization(epsilon=epsilon, name=name)
+
+    ids = keras.Input((T,), dtype="int32", name="ids")
+    embedding = layers.ReversibleEmbedding(V, D, name="token_embedding")
+    if table:
+        positions = ops.cumsum(ops.ones_like(ids), 1) - offset
+        x = embedding(ids) + layers.Embedding(T + more, D, name="position_embedding")(positions)
+    else:
+        x = embedding(ids) + np.sin(np.arange(T * D).reshape(T, D)).astype(np.float32)
+    if rate:
+        x = layers.Dropout(rate, seed=0)(x, training=training)
+    y = norm("block_0_attention_norm")(x) if norm_first else x
+    layer = layers.MultiHeadAttention(2, 4, name="block_0_attention", **attention)
+    called = {"use_causal_mask": causal, **({} if mask is None else {"attention_mask": mask})}
+    y = layer(query=y, value=y, **called) if by_keyword else layer(*[y] * (1 + others), **called)
+    x = x + y
+    y = norm("block_0_mlp_norm")(x)
+    y = layers.Dense(16, name="block_0_mlp_expand")(y)
+    y = ops.gelu(y, approximate=approximate) if act == "gelu" else ops.relu(y)
+    x = x + layers.Dense(D, name="block_0_mlp_project")(y)
+    if added:
+        x = x + added
+    x = norm("final_norm")(x)
+    return keras.Model(ids, layers.Identity(name="logits")(embedding(x, reverse=True)), name="transformer")
+
+
+def lstm(activation="tanh", go_backwards=False, head_activation=None, **settings):
+    ids = keras.Input((T,), dtype="int32", name="ids")
+    table = layers.ReversibleEmbedding(V, D, name="token_embedding")
+    x = table(ids)
+    settings = {"return_sequences": True, "go_backwards": go_backwards, **settings}
+    x = layers.LSTM(D, activation, name="lstm_0", **settings)(x)
+    x = layers.Dense(D, activation=head_activation, name="head")(x)
+    return keras.Model(ids, layers.Identity(name="logits")(table(x, reverse=True)), name="lstm")
+
+
+def with_another_output():
+    model = transformer()
+    return keras.Model(model.inputs, [model.output, model.get_layer("final_norm").output])
+
+
+def with_lora():
+    model = spread(transformer())
+    model.get_layer("block_0_mlp_expand").enable_lora(2)
+    return model
+
+
+def quantised():
+    model = spread(lstm())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the layers that have nothing to quantise
+        model.quantize("int8")
+    return model
+
+
+class Doubled(layers.Dense):
+    def call(self, x):
+        return 2 * super().call(x)
+
+
+def with_a_layer_of_the_users():
+    ids = keras.Input((T,), dtype="int32", name="ids")
+    x = layers.ReversibleEmbedding(V, D, name="token_embedding")(ids)
+    x = layers.LSTM(D, return_sequences=True, name="lstm_0")(x)
+    Doubled.__name__ = "Dense"
+    return keras.Model(ids, layers.Identity(name="logits")(Doubled(V, name="head")(x)), name="lstm")
+
+
+WINDOW = np.abs(np.subtract.outer(np.arange(T), np.arange(T))) < 3
+OTHERS = {
+    "post-norm": lambda: transformer(norm_first=False),
+    "relu": lambda: transformer(act="relu"),
+    "not causal": lambda: transformer(causal=False),
+    "epsilon": lambda: transformer(epsilon=1e-3),
+    "exact GELU": lambda: transformer(approximate=False),
+    "positions from 1": lambda: transformer(offset=0, more=1),
+    "a position more": lambda: transformer(more=1),
+    "a local mask": lambda: transformer(mask=WINDOW),
+    "sinusoids": lambda: transformer(table=False),
+    "by keywords": lambda: transformer(by_keyword=True),
+    "a constant added": lambda: transformer(added=1.0),
+    "dropout that never ends": lambda: transformer(rate=0.5, training=True),
+    "no biases": lambda: transformer(use_bias=False),
+    "half the heads": lambda: transformer(value_dim=2),
+    "the text as a mask": lambda: transformer(others=3),
+    "two outputs": with_another_output,
+    "LoRA": with_lora,
+    "int8": quantised,
+    "LSTM relu": lambda: lstm(activation="relu"),
+    "LSTM backwards": lambda: lstm(go_backwards=True),
+    "LSTM stateful": lambda: lstm(recurrent_activation="hard_sigmoid"),
+    "LSTM head": lambda: lstm(head_activation="tanh"),
+    "a layer of the user's": with_a_layer_of_the_users,
+    "sequential": lambda: keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(V, V)]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_that_differs_in_one_thing_is_none_of_ours(name):
+    assert weights_of(OTHERS[name]()) is None
+
+
+def test_what_makes_no_difference_is_ours():
+    for model in (transformer(), transformer(rate=0.5), transformer(others=2, dropout=0.1), lstm(), lstm(unroll=True)):
+        assert weights_of(model) is not None
+
+
+def test_another_graph_is_read_through_itself():
+    texts = np.random.default_rng(1).integers(0, V, (1, T))
+    for name in ("a local mask", "a constant added"):
+        model = spread(OTHERS[name]())
+        decoder = make_engine(model, 1, "numba")
+        assert decoder.num_positions is None
+        logits = decoder.read(np.zeros(T, np.int64), np.arange(T), texts[0])
+        np.testing.assert_allclose(logits[0], np.array(model.predict_on_batch(texts))[0, -1], atol=1e-6)
+
+
+MODELS = {
+    "transformer": lambda: aigc_tf.transformer(V, T, num_layers=2, num_heads=2, hidden_dim=D),
+    "lstm": lambda: aigc_tf.lstm(V, T, num_layers=2, hidden_dim=D),
+    "untied lstm": lambda: aigc_tf.lstm(V, T, num_layers=1, hidden_dim=D, tie_embeddings=False),
+}
+# What makes no difference to what a model writes, whatever it is: names, what is drawn or held only in training, the
+# form of a loop, what becomes of masked positions where nothing is masked, the precision of floats where none is named.
+INDIFFERENT = {
+    "name", "trainable", "seed", "rate", "noise_shape", "unroll", "zero_output_for_mask", "unit_forget_bias",
+    *(f"{of}_{what}" for what in ("initializer", "regularizer", "constraint") for of in (
+        "embeddings", "beta", "gamma", "kernel", "bias", "recurrent", "activity")),
+}  # fmt: skip
+
+
+def changed(value):
+    if isinstance(value, bool) or value is None:
+        return "something" if value is None else not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, dict):  # of a dtype
+        return {**value, "class_name": "QuantizedDTypePolicy"}
+    return [*value, 1] if isinstance(value, list) else "another"
+
+
+def mutants(config):
+    """Each configuration that differs from one in a setting of a layer, in an argument, or in a class; and its name."""
+
+    def mutant(i, change):
+        other = copy.deepcopy(config)
+        change(other["layers"][i])
+        return other
+
+    for i, layer in enumerate(config["layers"]):
+        name = layer["name"]
+        for key, value in layer["config"].items():
+            is_rate = key in ("dropout", "recurrent_dropout")
+            if key not in INDIFFERENT and not is_rate:
+                yield (
+                    f"{name}.{key}",
+                    mutant(i, lambda it, key=key, value=value: it["config"].update({key: changed(value)})),
+                )
+                if value and not key.endswith(
+                    "dtype"
+                ):  # of nothing else is the default of Keras, which comes where a key is missing, another
+                    yield f"{name} without {key}", mutant(i, lambda it, key=key: it["config"].pop(key))
+        yield f"{name}.new", mutant(i, lambda it: it["config"].update(a_setting_of_later=True))
+        yield f"{name}.module", mutant(i, lambda it: it.update(module="keras_of_others.layers"))
+        yield f"{name}.registered_name", mutant(i, lambda it: it.update(registered_name="mine>Dense"))
+        yield f"{name}.class_name", mutant(i, lambda it: it.update(class_name="Softmax"))
+        for n, node in enumerate(layer["inbound_nodes"]):
+            for key, value in node["kwargs"].items():
+                yield (
+                    f"{name}({key})",
+                    mutant(
+                        i,
+                        lambda it, n=n, key=key, value=value: it["inbound_nodes"][n]["kwargs"].update(
+                            {key: changed(value)}
+                        ),
+                    ),
+                )
+            yield f"{name}(new)", mutant(i, lambda it, n=n: it["inbound_nodes"][n]["kwargs"].update(attention_mask=[1]))
+            yield f"{name}(number)", mutant(i, lambda it, n=n: it["inbound_nodes"][n]["args"].append(1))
+            yield f"{name}(fewer)", mutant(i, lambda it, n=n: it["inbound_nodes"][n]["args"].pop())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_setting_that_makes_a_difference_is_noticed(name):
+    model = MODELS[name]()
+    config = config_of(model)
+    assert weights_of(model, config) is not None
+    assert not [what for what, mutant in mutants(config) if weights_of(model, mutant) is not None]
+
+
+def test_what_makes_no_difference_may_be_set():
+    model = MODELS["transformer"]()
+    config = config_of(model)
+    for layer in config["layers"]:
+        for key in INDIFFERENT & layer["config"].keys() - {"name"}:
+            layer["config"][key] = changed(layer["config"][key])
+        for key in ("use_gate", "sliding_window", "quantization_config", "optional"):  # as Keras 3.13 wrote it
+            layer["config"].pop(key, None)
+    assert weights_of(model, config) is not None
+
+
+def test_heads_must_be_as_many_in_each_block():
+    model = MODELS["transformer"]()
+    config = config_of(model)
+    attention = next(layer for layer in config["layers"] if layer["name"] == "block_1_attention")
+    attention["config"].update(num_heads=4, key_dim=2, value_dim=2)
+    assert weights_of(model, config) is None
+
+
+@pytest.mark.parametrize("config", [{}, [], None, {"output_layers": [], "layers": []}, {"output_layers": 1}], ids=repr)
+def test_whatever_is_no_configuration_is_none_of_ours(config):
+    assert read_weights(config, lambda name: []) is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_is_read_as_the_model_is(name, tmp_path):
+    model = spread(MODELS[name]())
+    model.save(tmp_path / "model.keras")
+    check_file(tmp_path / "model.keras")
+    expected, weights = weights_of(model), read_file(tmp_path / "model.keras")
+    assert type(weights) is type(expected)
+    assert type(weights) in (TransformerWeights, LstmWeights)
+    for ours, theirs in zip(*(keras.tree.flatten(vars(each)) for each in (weights, expected)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# --- files that reach beyond themselves ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how", ["external data", "virtual data", "soft link", "external link", "a bomb", "no storage", "empty"]
+)
+def test_a_file_that_reaches_beyond_itself_is_refused(how, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"TOP SECRET" * 1000)
+    path = tmp_path / "model.keras"
+    MODELS["lstm"]().save(path)
+
+    def change(file, h5py):
+        group = next(group for group in file["layers"].values() if group["vars"].attrs["name"] == "lstm_0")
+        bias = group["cell"]["vars"]["2"]
+        (size,), dtype, place = bias.shape, bias.dtype, group["cell"]["vars"]
+        del place["2"]
+        if how == "external data":
+            place.create_dataset("2", (size,), dtype, external=[(str(secret), 0, 4 * size)])
+        elif how == "virtual data":
+            layout = h5py.VirtualLayout((size,), dtype)
+            layout[:] = h5py.VirtualSource(str(secret), "any", (size,))
+            place.create_virtual_dataset("2", layout)
+        elif how == "soft link":
+            place["2"] = h5py.SoftLink("/layers")
+        elif how == "external link":
+            place["2"] = h5py.ExternalLink(str(secret), "/any")
+        elif how == "a bomb":
+            place.create_dataset("2", data=np.zeros(10**6, dtype), compression="gzip")
+        elif how == "empty":
+            place.create_dataset("2", data=h5py.Empty(dtype))
+        else:
+            place.create_dataset("2", (10**12,), dtype, chunks=(10**6,))
+
+    change_weights(path, change)
+    message = message_of(ValueError, check_file, path)
+    assert "is refused" in message
+    assert "link to elsewhere" in message if "link" in how else "not stored in it as it is" in message
+
+
+def test_a_compressed_file_is_refused(tmp_path):
+    path = tmp_path / "model.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("model.weights.h5", b"\0" * 10**7)
+    assert "is compressed" in message_of(ValueError, check_file, path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK", "[" * 100_000, "[]", "1", "{}"], ids=["", "PK", "deep", "[]", "1", "{}"]
+)
+def test_what_is_no_model_file_is_said(content, tmp_path):
+    path = tmp_path / "model.keras"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", content)
+            archive.writestr("model.weights.h5", b"")
+    assert "model.keras is refused: " in message_of(ValueError, check_file, path)
+
+
+@pytest.mark.parametrize("place", ["archive", "HDF5", "end"])
+def test_a_damaged_file_is_refused_or_read(tmp_path, place):
+    MODELS["lstm"]().save(tmp_path / "whole.keras")
+    whole, random = (tmp_path / "whole.keras").read_bytes(), np.random.default_rng(0)
+    of_hdf5 = whole.index(b"\x89HDF")
+    first, last = {"archive": (0, 200), "HDF5": (of_hdf5, of_hdf5 + 4000), "end": (len(whole) - 300, len(whole))}[place]
+    for _ in range(300):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[random.integers(first, last, 2)] = random.integers(0, 256, 2)
+        (tmp_path / "model.keras").write_bytes(data)
+        for read in (check_file, read_file):
+            with contextlib.suppress(ValueError):
+                read(tmp_path / "model.keras")

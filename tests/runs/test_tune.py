@@ -1,0 +1,410 @@
+import collections
+import gc
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import message_of
+
+import aigc_tf
+from aigc_tf.corpus import dataset
+from aigc_tf.runs import tune as tune_module
+from aigc_tf.training.checkpoints import list_checkpoints
+from aigc_tf.training.session import NoDisplay
+from aigc_tf.runtime.backend import keras
+from aigc_tf.runtime.files import locked
+from aigc_tf.runs.pipeline import SETTINGS
+from aigc_tf.runs.search_space import DEFAULT_SPACE, check_space, parse_space
+from aigc_tf.runs.tune import describe_trials, tune
+
+SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
+SMALL |= {"model": "lstm"}
+RATES = {"learning_rate": (1e-3, 1e-1)}
+
+
+def without_seconds(trials):
+    return [{name: value for name, value in trial.items() if name != "seconds"} for trial in trials]
+
+
+def recorded(folder):
+    return json.loads((folder / "trials.json").read_text("utf-8"))["trials"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_better_setting_comes_first_and_its_run_is_kept(documents, tmp_path, capsys):
+    folder = tmp_path / "search"
+    trials = tune(documents, folder, {"learning_rate": [1e-9, 1e-1]}, trials=5, **{**SMALL, "steps": 20})
+    # Of two values there are two trials, however many are allowed.
+    assert [trial["settings"] for trial in trials] == [{"learning_rate": 1e-1}, {"learning_rate": 1e-9}]
+    assert trials[0]["bits_per_char"] < trials[1]["bits_per_char"] - 0.5
+    assert names(folder) == ["best", "trials.json"]
+    run = aigc_tf.read_run(folder / "best")
+    assert run["settings"]["learning_rate"] == 1e-1
+    assert run["figures"]["bits_per_char"] == trials[0]["bits_per_char"]
+    model, tokenizer = aigc_tf.load(folder / "best")
+    measured = aigc_tf.evaluate(model, tokenizer, aigc_tf.split(documents, 0.2)[1])["bits_per_char"]
+    assert measured == pytest.approx(trials[0]["bits_per_char"], rel=1e-5)
+
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3
+    assert out[0].startswith("trial 1/5  learning_rate ")
+    assert f"(best {trials[0]['bits_per_char']:.3f})" in out[1]
+    assert out[2] == "all there is to try has been tried"
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_after_the_last_trial_as_if_never_interrupted(documents, tmp_path, capsys):
+    for trials in (2, 4):
+        tune(documents, tmp_path / "twice", RATES, trials=trials, progress=False, **SMALL)
+        (tmp_path / "twice" / f"trial-{trials + 1}").mkdir()  # what a killed process leaves
+        if trials == 2:
+            first = recorded(tmp_path / "twice")
+    again = recorded(tmp_path / "twice")
+    assert again[:2] == first  # the seconds, too: they were not done again
+    once = tune(documents, tmp_path / "once", RATES, trials=4, progress=False, **SMALL)
+    assert without_seconds(recorded(tmp_path / "once")) == without_seconds(again)
+    assert [trial["bits_per_char"] for trial in once] == sorted(trial["bits_per_char"] for trial in again)
+    assert aigc_tf.read_run(tmp_path / "once" / "best")["figures"]["bits_per_char"] == once[0]["bits_per_char"]
+    assert capsys.readouterr().out == ""
+
+    # With nothing left to do, only the clean-up is done, and the budget of an earlier call may be larger.
+    assert tune(documents, tmp_path / "twice", RATES, trials=1, progress=False, **SMALL) == sorted(
+        again, key=lambda trial: trial["bits_per_char"]
+    )
+    assert names(tmp_path / "twice") == ["best", "trial-5", "trials.json"]  # to go on with, should a call want five
+
+
+def test_minutes_end_the_search_after_the_trial_in_hand(documents, tmp_path):
+    for done in (1, 2):
+        assert len(tune(documents, tmp_path / "search", RATES, minutes=1e-9, progress=False, **SMALL)) == done
+
+
+def test_another_search_is_refused_in_the_same_folder(documents, tmp_path):
+    folder = tmp_path / "search"
+    tune(documents, folder, RATES, trials=1, progress=False, **SMALL)
+    before = (folder / "trials.json").read_bytes()
+    for difference, arguments, settings in [
+        ("documents", (documents[1:], folder, RATES), {}),
+        ("space", (documents, folder, {"learning_rate": [1e-3, 1e-1]}), {}),
+        ("fixed", (documents, folder, RATES), {"steps": 3}),
+        ("seed", (documents, folder, RATES), {"seed": 1}),
+    ]:
+        message = message_of(ValueError, tune, *arguments, trials=2, **{**SMALL, **settings})
+        assert f"another {difference}." in message
+    assert (folder / "trials.json").read_bytes() == before
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds no trials.json" in message_of(ValueError, tune, documents, tmp_path, RATES, trials=1)
+    record = json.loads(before)["trials"][0]
+    for rate in (1e-3, 0.03 * (1 + 1e-15)):  # the second as an optimiser's rounding may propose it at an end
+        record["settings"] = {"learning_rate": rate}
+        assert tune_module._is_record({"learning_rate": (1e-4, 0.03)}, **record)
+    record = json.loads(before)["trials"][0]
+    wrong = [None, 1, {}, {**record, "more": 1}, {**record, "trial": "1"}, {**record, "settings": []}]
+    wrong += [{**record, name: value} for name in ("bits_per_char", "seconds") for value in (None, "7", 10**400)]
+    wrong += [{**record, "bits_per_char": None, "error": ""}, {**record, "error": "out of memory"}]
+    wrong += [{**record, "settings": {"learning_rate": value}} for value in (0.5, "a", None)]
+    wrong += [{**record, "settings": {"width": 1}}]
+    contents = ["{", *(json.dumps({**json.loads(before), "trials": [one]}) for one in wrong)]
+    contents += [json.dumps({**json.loads(before), "trials": trials}) for trials in (None, 1, {}, "", {"a": 1})]
+    for content in contents:
+        (folder / "trials.json").write_text(content)
+        assert "damaged" in message_of(ValueError, tune, documents, folder, RATES, trials=2, **SMALL), content
+
+
+def test_a_failed_trial_is_listed_and_the_search_goes_on(documents, tmp_path, capsys):
+    # 9 is no multiple of 2 heads; without heads to count an LSTM takes it.
+    space = {"hidden_dim": [8, 9], "model": ["transformer", "lstm"]}
+    fixed = {**{k: v for k, v in SMALL.items() if k not in space}, "num_heads": 2}
+    trials = tune(documents, tmp_path / "search", space, trials=9, **fixed)
+    assert len(trials) == 4
+    assert trials[-1]["settings"] == {"hidden_dim": 9, "model": "transformer"}
+    assert trials[-1]["bits_per_char"] is None
+    assert "multiple of num_heads" in trials[-1]["error"]
+    assert all(trial["error"] is None for trial in trials[:3])
+    assert names(tmp_path / "search") == ["best", "trials.json"]
+    table = describe_trials(trials[::-1]).splitlines()
+    assert len(table) == 5
+    assert f"{trials[0]['bits_per_char']:.4f}" in table[1]
+    assert "failed" in table[-1]
+    assert "multiple of num_heads" in table[-1]
+    assert "failed: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_is_refused_before_a_folder_is_made(documents, tmp_path, seed):
+    for wrong in ({"seed": seed}, {"seed": 0.5}, {"seed": None}, {"seed": "1"}):
+        message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, trials=1, **wrong, **SMALL)
+        assert "seed must be a whole number from 0 to 2**63 - 1, got" in message
+    assert not (tmp_path / "search").exists()
+
+
+def test_when_all_trials_fail_the_reason_is_told(documents, tmp_path):
+    space, fixed = {"hidden_dim": [7, 9]}, {**SMALL, "model": "transformer", "num_heads": 2}
+    del fixed["hidden_dim"]
+    message = message_of(ValueError, tune, documents, tmp_path / "search", space, trials=3, progress=False, **fixed)
+    assert "All 2 trials failed. The last error was: " in message
+    assert "multiple of num_heads" in message
+
+
+def test_what_fails_again_and_again_ends_the_search_before_its_time(documents, tmp_path):
+    fixed = {**SMALL, "model": "transformer", "num_heads": 3}
+    message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, minutes=60, progress=False, **fixed)
+    assert "All 10 trials failed" in message
+    assert "multiple of num_heads" in message
+
+
+def test_a_user_dictionary_is_for_the_words_of_a_search_over_units(documents, tmp_path):
+    fixed = {**SMALL, "user_dict": ["欲穷千里"]}
+    trials = tune(documents, tmp_path / "search", {"unit": ["char", "word"]}, trials=2, progress=False, **fixed)
+    assert [trial["error"] for trial in trials] == [None, None]
+    best = trials[0]["settings"]["unit"]
+    assert bool(aigc_tf.read_run(tmp_path / "search" / "best")["settings"]["user_dict"]) == (best == "word")
+
+
+def count_graphs():
+    gc.collect()
+    # By its name without isinstance: some objects of the heap answer with a warning when they are asked.
+    return collections.Counter(type(thing).__name__ for thing in gc.get_objects())["FuncGraph"]
+
+
+def test_a_trial_leaves_no_graph_no_warning_and_the_user_s_policy(documents, tmp_path, capfd):
+    before = count_graphs()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        tune(documents, tmp_path / "search", RATES, trials=2, progress=False, **SMALL)
+        assert keras.config.dtype_policy().name == "mixed_bfloat16"
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert count_graphs() <= before
+    assert capfd.readouterr() == ("", "")
+
+
+def records_of(space, count, figure, seed=0):
+    """Go through a search without training: the figure is a function of the settings."""
+    records = []
+    for number in range(1, count + 1):
+        settings = tune_module._propose(space, records, seed)
+        bits = figure(settings)
+        error = "failed" if bits is None else None
+        records.append({"trial": number, "settings": settings, "bits_per_char": bits, "seconds": 1.0, "error": error})
+    return records
+
+
+def test_proposals_follow_from_the_seed_and_stay_in_the_space():
+    space = {"learning_rate": (1e-3, 1e-2), "num_layers": (1, 3), "model": ["transformer", "lstm"], "num_heads": [1, 2]}
+    # One more than are drawn at random.
+    first, same = (
+        [record["settings"] for record in records_of(space, 6, lambda s: s["learning_rate"] * 100, seed=3)]
+        for _ in range(2)
+    )
+    assert first == same
+    assert tune_module._propose(space, [], 4) != first[0]
+    for settings in first:
+        assert 1e-3 <= settings["learning_rate"] <= 1e-2
+        assert settings["num_layers"] in (1, 2, 3)
+        assert type(settings["num_layers"]) is int
+        assert ("num_heads" in settings) == (settings["model"] == "transformer")
+
+
+@pytest.mark.slow
+def test_the_search_finds_a_lowest_figure_that_chance_does_not():
+    # So near to the lowest, within 0.03 of 4 orders of magnitude, 14 draws at random come once in five searches.
+    def figure(settings):
+        rate = settings["learning_rate"]
+        return None if rate > 0.5 else 7 + math.log10(rate / 0.03) ** 2
+
+    records = records_of({"learning_rate": (1e-4, 1.0)}, 14, figure)
+    best = min(r["bits_per_char"] for r in records if not r["error"])
+    assert best < 7.001
+
+
+def test_each_setting_of_a_finite_space_is_tried_once_and_then_no_more():
+    space = {"num_layers": (1, 2), "model": ["transformer", "lstm"], "num_heads": [1, 2]}
+    records = records_of(space, 6, lambda settings: float(settings["num_layers"]))
+    assert len({json.dumps(record["settings"], sort_keys=True) for record in records}) == 6
+    assert tune_module._propose(space, records, 0) is None
+
+
+def test_wrong_searches_are_refused_before_anything_is_written(documents, tmp_path):
+    folder = tmp_path / "search"
+    for space, settings, part in [
+        ({"width": [1]}, {}, "no setting 'width'"),
+        (RATES, {"width": 1}, "no setting 'width'"),
+        ({}, {}, "nothing to search"),
+        ({"dropout": []}, {}, "at least one value"),
+        ({"learning_rate": (1e-2, 1e-3)}, {}, "low <= high, got 0.01 and 0.001"),
+        ({"num_layers": (1, 2.5)}, {}, "num_layers must be of type int, got 2.5"),
+        ({"dropout": [0.1, "much"]}, {}, "dropout must be of type float, got 'much'"),
+        ({"learning_rate": (1e-3, float("inf"))}, {}, "got inf"),
+        ({"model": ("a", "b")}, {}, "model must be a list, got"),
+        ({"dropout": 0.1}, {}, "a list or a tuple"),
+        (RATES, {"learning_rate": 1e-3}, "both searched and fixed"),
+        ({"valid_fraction": [0.1, 0.2]}, {}, "cannot be compared"),
+        (RATES, {"trials": None}, "needs an end"),
+        (RATES, {"trials": 0}, "trials must be at least 1, got 0"),
+        (RATES, {"minutes": 0}, "minutes must be above 0, got 0"),
+    ]:
+        assert part in message_of(ValueError, tune, documents, folder, space, **{"trials": 1, **settings}), part
+    assert not folder.exists()
+
+
+def test_without_keras_tuner_the_way_to_get_it_is_told(documents, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "keras_tuner", None)
+    message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, trials=1)
+    assert "pip install 'keras-tuner[bayesian]'" in message
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_keras_tuner_that_works_in_another_way_is_refused(documents, tmp_path, monkeypatch):
+    keras_tuner = pytest.importorskip("keras_tuner")
+    monkeypatch.delattr(keras_tuner.oracles.BayesianOptimizationOracle, "populate_space")
+    monkeypatch.setattr(keras_tuner.Oracle, "populate_space", None)
+    monkeypatch.delattr(keras_tuner.Oracle, "populate_space")
+    message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, trials=1)
+    assert "needs keras_tuner.oracles.BayesianOptimizationOracle.populate_space" in message
+    assert keras_tuner.__version__ in message
+    assert not (tmp_path / "search").exists()
+
+
+def test_what_the_search_did_not_make_stays(documents, tmp_path):
+    folder = tmp_path / "search"
+    tune(documents, folder, RATES, trials=1, progress=False, **SMALL)
+    (folder / "trial-1-my-copy").mkdir()
+    (folder / "trial-7").mkdir()  # of no trial that is recorded
+    (folder / "trial-notes.txt").write_text("mine")
+    tune(documents, folder, RATES, trials=2, progress=False, **SMALL)
+    assert names(folder) == ["best", "trial-1-my-copy", "trial-7", "trial-notes.txt", "trials.json"]
+
+
+def test_trials_encode_the_same_text_once(documents, tmp_path, monkeypatch):
+    made = []
+
+    def make_store(*args):
+        made.append(args)
+        return dataset.make_store(*args)
+
+    monkeypatch.setattr("aigc_tf.runs.pipeline.make_store", make_store)
+    tune(documents, tmp_path / "search", RATES, trials=2, progress=False, **SMALL)
+    assert len(made) == 1
+
+
+def test_one_search_at_a_time_in_a_folder(documents, tmp_path):
+    with ThreadPoolExecutor(1) as other, locked(tmp_path / "search"):
+        search = other.submit(tune, documents, tmp_path / "search", RATES, trials=1, progress=False, **SMALL)
+        assert "A training is going on in this folder" in message_of(BlockingIOError, search.result)
+
+
+def test_a_space_is_read_from_a_command_line():
+    space, fixed = parse_space(
+        "learning_rate=1e-3..1e-2|model = transformer, lstm|steps=300|num_heads=1,2|num_layers=1..4|"
+        "dropout=0,.1|user_dict=../words.txt|stopwords=cn|vocab_size=500".split("|")
+    )
+    assert space == {
+        "learning_rate": (1e-3, 1e-2),
+        "model": ["transformer", "lstm"],
+        "num_heads": [1, 2],
+        "num_layers": (1, 4),
+        "dropout": [0.0, 0.1],
+    }
+    assert fixed == {"steps": 300, "user_dict": "../words.txt", "stopwords": "cn", "vocab_size": 500}
+    assert parse_space([]) == ({}, {})
+    for texts, part in [
+        (["steps"], "name=value"),
+        (["steps="], "name=value"),
+        (["width=3"], "no setting 'width'"),
+        (["steps=3", "steps=4..5"], "named once"),
+        (["steps=many"], "steps must be an integer, got 'many'"),
+        (["dropout=0.1,"], "dropout must be a number, got ''"),
+        (["learning_rate=1e-3..1e-2..1"], "low..high"),
+        (["learning_rate=1e-2..1e-3"], "low <= high"),
+    ]:
+        assert part in message_of(ValueError, parse_space, texts), texts
+
+
+def test_the_default_space_is_one_of_settings():
+    assert check_space(DEFAULT_SPACE, {}) == DEFAULT_SPACE
+    assert set(DEFAULT_SPACE) < set(SETTINGS)
+
+
+SCRIPT = """
+import aigc_tf.runs.tune
+if __name__ == "__main__":
+    aigc_tf.runs.tune.tune({documents!r}, {folder!r}, {space!r}, trials={trials!r}, **{fixed!r})
+"""
+
+
+def stop_during_trial(documents, folder, number, signum, **fixed):
+    """Begin a search in another process, stop it while that trial trains; return its exit code, output and errors."""
+    script = SCRIPT.format(documents=documents, folder=str(folder), space=RATES, trials=9, fixed=fixed)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        ends = time.monotonic() + 240
+        while not (folder / f"trial-{number}" / "log.csv").exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+        time.sleep(0.3)  # some steps
+        os.kill(process.pid, signum)
+        out, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, out, errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_search_goes_on_with_the_trial_in_hand(documents, tmp_path, monkeypatch, signum):
+    folder, fixed = tmp_path / "search", {**SMALL, "steps": 600, "validations": 60}
+    code, out, errors = stop_during_trial(documents, folder, 2, signum, **fixed)
+    kept = recorded(folder)
+    assert [record["trial"] for record in kept] == [1]
+    assert [name for name in names(folder) if name != ".lock"] == [".text", "best", "trial-2", "trials.json"]
+    newest = [str(path) for path in list_checkpoints(folder / "trial-2" / "checkpoints")]
+    if signum == signal.SIGINT:
+        assert "KeyboardInterrupt" in errors
+        assert f"stopped; 1 trial is kept in {folder}" in out
+        assert code != 0
+        assert len(newest) == 1
+    lines = []
+    monkeypatch.setattr(NoDisplay, "line", lambda self, text: lines.append(text))
+    trials = tune(documents, folder, RATES, trials=2, progress=False, **fixed)
+    assert [line.rpartition(" ")[2] for line in lines if line.startswith("goes on after step")] == newest
+    assert recorded(folder)[:1] == kept
+    assert sorted(trial["trial"] for trial in trials) == [1, 2]
+    assert names(folder) == ["best", "trials.json"]
+    assert aigc_tf.read_run(folder / "best")["figures"]["bits_per_char"] == trials[0]["bits_per_char"]
+    if newest:
+        at_once = tune(documents, tmp_path / "at once", RATES, trials=2, progress=False, **fixed)
+        assert without_seconds(at_once) == without_seconds(trials)
+
+
+@pytest.mark.parametrize("killed", ["before the old best goes", "while it goes", "before the new one comes"])
+def test_wherever_the_best_run_was_being_replaced_the_next_call_ends_it(tmp_path, killed):
+    records = [{"trial": 1, "bits_per_char": 8.0, "error": None}, {"trial": 2, "bits_per_char": 7.0, "error": None}]
+    (tmp_path / "trial-2").mkdir()
+    (tmp_path / "trial-2" / "run.json").write_text("second")
+    (tmp_path / "trial-1").mkdir()
+    (tmp_path / "trial-3").mkdir()  # the next one, to go on with
+    if killed != "before the new one comes":
+        (tmp_path / "best").mkdir()
+        if killed == "before the old best goes":
+            (tmp_path / "best" / "run.json").write_text("first")
+        (tmp_path / "best" / "model.keras").write_text("first")
+    for _ in range(2):
+        tune_module._keep_best(tmp_path, records)
+        assert names(tmp_path) == ["best", "trial-3"]
+        assert names(tmp_path / "best") == ["run.json"]
+        assert (tmp_path / "best" / "run.json").read_text() == "second"

@@ -1,0 +1,264 @@
+"""Files: what is written is whole or not there at all."""
+
+import errno
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from aigc_tf.runtime.files import locked, read_text, shipped_file, write_beside, write_json
+
+
+def test_write_beside_replaces_on_success(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("旧", "utf-8")
+    with write_beside(target) as temporary:
+        temporary.write_text("新", "utf-8")
+        assert target.read_text("utf-8") == "旧"
+    assert target.read_text("utf-8") == "新"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_write_beside_stays_in_the_folder_and_keeps_the_suffix(tmp_path):
+    with write_beside(tmp_path / "model.keras") as temporary:
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".keras"
+        temporary.write_text("", "utf-8")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_write_beside_leaves_nothing_on_failure(tmp_path, error):
+    with pytest.raises(error), write_beside(tmp_path / "a.txt") as temporary:
+        temporary.write_text("half", "utf-8")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_beside_fails_cleanly_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="^too early$"), write_beside(tmp_path / "a.txt"):
+        raise ValueError("too early")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_write_beside_keeps_the_old_target_on_failure(tmp_path, error):
+    target = tmp_path / "a.txt"
+    target.write_text("旧", "utf-8")
+    with pytest.raises(error), write_beside(target) as temporary:
+        temporary.write_text("half", "utf-8")
+        raise error
+    assert target.read_text("utf-8") == "旧"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_write_json_is_readable_and_read_back_equal(tmp_path):
+    content = {"字": ["春", "\n", "\u2028"], "n": 1}
+    write_json(tmp_path / "a.json", content)
+    text = (tmp_path / "a.json").read_text("utf-8")
+    assert "春" in text
+    assert json.loads(text) == content
+
+
+def test_write_json_keeps_the_old_file_when_the_content_is_no_json(tmp_path):
+    target = tmp_path / "a.json"
+    write_json(target, {"n": 1})
+    with pytest.raises(TypeError):
+        write_json(target, {"n": {1, 2}})
+    assert json.loads(target.read_text("utf-8")) == {"n": 1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_read_text_takes_a_byte_order_mark_off(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "春".encode())
+    assert read_text(tmp_path / "a.txt") == "春"
+
+
+def test_shipped_files_are_there():
+    assert shipped_file("stopwords_cn.txt").is_file()
+    assert shipped_file("tang_quatrains.txt").is_file()
+
+
+def test_two_threads_that_write_one_file_leave_it_whole(tmp_path):
+    target = tmp_path / "a.txt"
+    with write_beside(target) as one, write_beside(target) as two:
+        assert one != two
+        one.write_text("一", "utf-8")
+        two.write_text("二", "utf-8")
+    assert target.read_text("utf-8") == "一"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_locked_for_others_and_not_for_its_owner(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    errors = []
+
+    def try_to_lock():
+        try:
+            with locked(folder):
+                errors.append(None)
+        except BlockingIOError as error:
+            errors.append(error.strerror)
+
+    def in_another_thread():
+        thread = threading.Thread(target=try_to_lock)
+        thread.start()
+        thread.join()
+        return errors.pop()
+
+    with locked(folder):
+        try_to_lock()
+        assert errors.pop() is None
+        assert f"A training is going on in this folder (process {os.getpid()} on " in in_another_thread()
+    assert not (tmp_path / "runs").exists()  # what was made for the lock alone
+    assert in_another_thread() is None
+    with locked(folder):
+        (folder / "a.txt").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from aigc_tf.runtime.files import beside
+with beside(Path(sys.argv[1], "model.keras")) as file, beside(Path(sys.argv[1], ".saving")) as folder:
+    file.touch()
+    folder.mkdir()
+    (folder / "run.json").touch()
+    print(file.name, folder.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_others_write_is_deleted_when_they_are_killed_and_not_before(tmp_path):
+    (tmp_path / ".my-notes").touch()
+    (tmp_path / ".0123456789ab-notes").touch()
+    process = subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        written = process.stdout.readline().split()
+        for _ in range(2):
+            with locked(tmp_path):
+                write_json(tmp_path / "a.json", {})
+        assert (tmp_path / written[1] / "run.json").exists()
+        assert set(written) < {path.name for path in tmp_path.iterdir()}
+    finally:
+        process.kill()
+        process.communicate()
+    write_json(tmp_path / "a.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {".my-notes", ".0123456789ab-notes", "a.json"}
+
+
+def test_what_another_thread_writes_stays(tmp_path):
+    with write_beside(tmp_path / "a.txt") as temporary:
+        temporary.write_text("春", "utf-8")
+        with ThreadPoolExecutor(1) as other:
+            other.submit(write_json, tmp_path / "b.json", {}).result()
+            assert temporary.read_text("utf-8") == "春"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.json"}
+
+
+def test_leftovers_that_cannot_be_deleted_keep_nobody_from_writing(tmp_path, monkeypatch):
+    (tmp_path / ".0123456789ab-.lock").touch()
+    (tmp_path / ".0123456789ab-.saving").mkdir()
+
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("aigc_tf.runtime.files.shutil.rmtree", fail)
+    write_json(tmp_path / "a.json", {})
+    assert (tmp_path / ".0123456789ab-.lock").exists()
+    monkeypatch.undo()
+    write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other locks")
+@pytest.mark.parametrize("why", ["another host", "no locks"])
+def test_leftovers_of_which_nobody_can_tell_stay_for_a_day(tmp_path, monkeypatch, why):
+    lock, left = tmp_path / ".0123456789ab-.lock", tmp_path / ".0123456789ab-step.npz"
+    lock.write_text(f"process 1 on another-{socket.gethostname()}")
+    left.touch()
+
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if why == "no locks":
+        monkeypatch.setattr("aigc_tf.runtime.files.fcntl.flock", fail)
+    write_json(tmp_path / "a.json", {})
+    assert lock.exists()
+    assert left.exists()
+    os.utime(lock, (0, time.time() - 2 * 86400))
+    write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+HOLD = """
+import sys, time
+from aigc_tf.runtime.files import locked
+with locked(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free_again(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(BlockingIOError, match=f"process {process.pid} "), locked(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.communicate()
+    assert (tmp_path / ".lock").exists()
+    with locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_does_not_delete_what_its_parent_writes(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from aigc_tf.runtime.files import write_beside\n"
+        "with write_beside(sys.argv[1] + '/a.txt') as temporary:\n"
+        "    temporary.touch()\n"
+        "    if os.fork() == 0: sys.exit()\n"  # leaves the block of its parent
+        "    os.wait()\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_does_not_have_the_lock(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from aigc_tf.runtime.files import locked\n"
+        "with locked(sys.argv[1]):\n"
+        "    if os.fork() == 0:\n"
+        "        try:\n"
+        "            with locked(sys.argv[1]): pass\n"
+        "        except BlockingIOError: print('locked')\n"
+        "        sys.exit()\n"  # leaves the block of its parent
+        "    os.wait()\n"
+        "    print(os.path.exists(sys.argv[1] + '/.lock'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["locked", "True"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are opened on POSIX only")
+def test_the_folder_is_on_the_disk_too(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)), fsync(fd)))
+    with write_beside(tmp_path / "a.txt") as temporary:
+        temporary.write_text("")
+    assert synced == [False, True]

@@ -1,0 +1,288 @@
+import numpy as np
+import pytest
+
+from aigc_tf.models import networks
+from aigc_tf.runtime import backend
+from aigc_tf.runtime.backend import keras, tf
+from aigc_tf.training.fast import fast_training as module
+from aigc_tf.training.fast.fast_training import fast_model, fast_training, passes_problem
+from aigc_tf.training.train import compile_model
+
+pytest.importorskip("numba")
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="passes are for TensorFlow")
+V, T, B = 50, 9, 4
+PASSES = "elementwise operations in passes compiled by numba"
+LOOP = "LSTM layers in a loop of our own"
+FUSED = "elementwise operations fused by XLA"
+
+
+def built(name, precision="float32", dropout=0.1, num_layers=2):
+    model = networks.build(name, V, T, num_layers=num_layers, hidden_dim=16, dropout=dropout, precision=precision)
+    # Not clipped: Keras on TensorFlow takes the norm of the gradients of a gather before it adds them up.
+    compile_model(model, 10, learning_rate=0.01, clip_norm=1e3)
+    return model
+
+
+def trained(name, precision, is_fast, steps=4):
+    """Return what a model of fixed seeds becomes in some steps, and their losses."""
+    generator = np.random.default_rng(0)
+    model = built(name, precision)
+    to_train = fast_model(model, with_passes=True) if is_fast else model
+    losses = []
+    for _ in range(steps):
+        ids = generator.integers(0, V, (B, T + 1))
+        losses.append(float(to_train.train_on_batch(ids[:, :-1], ids[:, 1:])))
+        to_train.reset_metrics()
+    return model, losses
+
+
+def weights(model):
+    """Return all weights but the biases of keys, whose gradient is nothing but rounding: a softmax ignores them."""
+    return np.hstack([v.numpy().ravel() for v in model.trainable_variables if not v.path.endswith("key/bias")])
+
+
+@pytest.mark.parametrize("name", ["transformer", "lstm"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("mixed_bfloat16", 0.1)])
+def test_training_is_that_of_keras(name, precision, tolerance):
+    start = weights(built(name, precision))
+    slow, slow_losses = trained(name, precision, is_fast=False)
+    fast, fast_losses = trained(name, precision, is_fast=True)
+    np.testing.assert_allclose(fast_losses, slow_losses, rtol=1e-5 if precision == "float32" else 1e-3)
+    assert np.linalg.norm(weights(fast) - weights(slow)) < tolerance * np.linalg.norm(weights(slow) - start)
+    assert int(fast.optimizer.iterations) == int(slow.optimizer.iterations) == 4
+    names = [[v.path.split("/", 1)[1] for v in model.optimizer.variables] for model in (fast, slow)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize(("name", "methods"), [("transformer", [PASSES]), ("lstm", [LOOP, PASSES])])
+def test_another_model_is_trained_and_the_model_itself_stays_as_it_is(name, methods):
+    model = built(name, "mixed_bfloat16", dropout=0.0)
+    owners = [model, model.optimizer, *model.operations]
+    before = [set(vars(owner)) for owner in owners]
+    calls = [owner.call for owner in model.operations]
+    with fast_training(model, num_tokens=1) as (other, said):
+        assert said == methods
+        assert other is not model
+        assert not other.jit_compile
+        ids = np.random.default_rng(0).integers(0, V, (B, T))
+        start = weights(model)
+        other.train_on_batch(ids, ids)
+        assert (weights(model) != start).any()
+    assert [v is w for v, w in zip(model.variables, other.variables, strict=True)] == [True] * len(model.variables)
+    assert [set(vars(owner)) for owner in owners] == before
+    assert [owner.call for owner in model.operations] == calls
+    assert model(ids).dtype == tf.float32
+
+
+def test_all_of_a_transformer_that_is_no_product_is_replaced():
+    model = built("transformer")
+    kinds = [type(operation).__name__ for operation in fast_model(model, with_passes=True).operations]
+    assert [kinds.count(kind) for kind in ("_Norm", "_Gelu", "_CausalAttention")] == [5, 2, 2]
+    assert not {"LayerNormalization", "Gelu", "MultiHeadAttention", "Identity"} & set(kinds)
+
+
+def test_what_is_not_as_it_is_known_is_left_to_keras(monkeypatch):
+    def kinds_of(make, width=6):
+        ids = keras.Input((T,), dtype="int32")
+        x = keras.layers.Embedding(V, width)(ids)
+        model = keras.Model(ids, keras.layers.Dense(V)(make(x)))
+        compile_model(model, 10)
+        other = fast_model(model, with_passes=True)
+        values = np.zeros((2, T), np.int32)
+        assert np.isfinite(other.train_on_batch(values, values))
+        return {type(operation).__name__ for operation in other.operations}
+
+    norm, attention = keras.layers.LayerNormalization, keras.layers.MultiHeadAttention
+    assert "_Norm" in kinds_of(norm())
+    for settings in ({"center": False}, {"gamma_regularizer": "l2"}, {"axis": 1}):
+        assert "_Norm" not in kinds_of(norm(**settings))
+    with pytest.warns(UserWarning, match="rms_scaling"):
+        assert "_Norm" not in kinds_of(norm(rms_scaling=True))
+    assert "_CausalAttention" in kinds_of(lambda x: attention(2, 3)(x, x, use_causal_mask=True))
+    assert "_CausalAttention" not in kinds_of(lambda x: attention(2, 3)(x, x))
+    assert "_CausalAttention" not in kinds_of(lambda x: attention(2, 3)(x, x + 1, use_causal_mask=True))
+    assert "_CausalAttention" not in kinds_of(lambda x: attention(2, 3, use_bias=False)(x, x, use_causal_mask=True))
+    monkeypatch.setattr("aigc_tf.training.fast.fast_training.attention_problem", lambda layer: "it lacks something")
+    assert "_CausalAttention" not in kinds_of(lambda x: attention(2, 3)(x, x, use_causal_mask=True))
+
+
+def test_other_optimizers_and_losses_are_left_to_keras():
+    def optimizer_of(optimizer):
+        model = built("lstm")
+        model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.optimizer.build(model.trainable_variables)
+        return type(fast_model(model, with_passes=True).optimizer).__name__
+
+    assert optimizer_of(keras.optimizers.AdamW()) == "_OnePassAdamW"
+    assert optimizer_of(keras.optimizers.SGD()) == "SGD"
+    assert optimizer_of(keras.optimizers.AdamW(use_ema=True)) == "AdamW"
+
+    def problem_with(loss):
+        model = built("lstm")
+        model.compile("adamw", loss)
+        return passes_problem(model)
+
+    assert passes_problem(built("lstm")) is None
+    for loss in (
+        "mse",
+        keras.losses.SparseCategoricalCrossentropy(),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0),
+    ):
+        assert problem_with(loss) == "the loss is not the mean cross-entropy of logits"
+
+
+def masked():
+    """Return a compiled model whose loss takes no account of padding, as its layers pass on a mask."""
+    keras.utils.set_random_seed(0)
+    ids = keras.Input((T,), dtype="int32")
+    x = keras.layers.LayerNormalization()(keras.layers.Embedding(V, 8, mask_zero=True)(ids))
+    model = keras.Model(ids, keras.layers.Dense(V)(x))
+    compile_model(model, 10, learning_rate=0.01, clip_norm=None)
+    return model
+
+
+def test_what_is_masked_counts_for_nothing():
+    ids = np.random.default_rng(0).integers(1, V, (B, T + 1))
+    ids[0, 3:] = 0
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    expected = masked().train_on_batch(inputs, targets)
+    model = masked()
+    assert passes_problem(model) == "a layer passes on a mask"
+    in_a_row = keras.Sequential(masked().layers)
+    compile_model(in_a_row, 10)
+    assert passes_problem(in_a_row) == "a layer passes on a mask"
+    with fast_training(model, 100) as (to_train, methods):
+        assert PASSES not in methods
+        assert to_train.train_on_batch(inputs, targets) == pytest.approx(expected, rel=1e-6)
+    with_passes = module._WithPasses(model.inputs[0], model.outputs[0])
+    with_passes.compile(loss=model.loss)
+    losses = [float(m.compute_loss(inputs, tf.constant(targets), m(inputs))) for m in (model, with_passes)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    # Keras builds no LSTM in bfloat16.
+    [("transformer", "bfloat16"), ("transformer", "mixed_float16"), ("transformer", "float64"), ("lstm", "float16")],
+)
+def test_models_of_other_precisions_train(name, policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = getattr(networks, name)(V, T, num_layers=1, hidden_dim=16)
+    finally:
+        keras.config.set_dtype_policy(before)
+    compile_model(model, 10)
+    ids = np.random.default_rng(0).integers(0, V, (B, T))
+    with fast_training(model, 1) as (other, _):
+        assert np.isfinite([other.train_on_batch(ids, ids) for _ in range(2)]).all()
+
+
+def test_frozen_layers_stay_as_they_are():
+    model = networks.transformer(V, T, num_layers=1, hidden_dim=16, num_heads=2)
+    for name in ("token_embedding", "block_0_attention", "final_norm"):
+        model.get_layer(name).trainable = False
+    compile_model(model, 10)
+    frozen = [v.numpy() for v in model.non_trainable_variables if v.dtype == "float32"]
+    ids = np.random.default_rng(0).integers(0, V, (B, T))
+    with fast_training(model, 1) as (other, _):
+        other.train_on_batch(ids, ids)
+    now = [v.numpy() for v in model.non_trainable_variables if v.dtype == "float32"]
+    assert len(frozen) == 1 + 8 + 2
+    for one, other in zip(frozen, now, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_targets_outside_the_vocabulary_are_an_error_as_with_keras():
+    model = built("lstm")
+    ids = np.zeros((B, T), np.int32)
+    with fast_training(model, 1) as (other, _):
+        for wrong in (V, -1, -100):
+            for one in (model, other):
+                with pytest.raises(tf.errors.InvalidArgumentError, match=str(wrong)):
+                    one.train_on_batch(ids, np.full_like(ids, wrong))
+
+
+def test_a_hidden_gpu_changes_nothing(monkeypatch):
+    class Gpu:
+        device_type = "GPU"
+
+    found = tf.config.list_physical_devices()
+    monkeypatch.setattr(
+        tf.config, "list_physical_devices", lambda kind=None: [Gpu()] if kind == "GPU" else [*found, Gpu()]
+    )
+    model = built("lstm")
+    assert not model.jit_compile
+    with fast_training(model, 1) as (other, methods):
+        assert methods == [LOOP, PASSES]
+        assert not other.jit_compile
+
+
+def test_without_numba_it_says_so_and_xla_fuses_long_trainings(monkeypatch):
+    monkeypatch.setattr("aigc_tf.training.fast.fast_training.numba_problem", lambda: "numba is not installed")
+    with fast_training(built("transformer"), num_tokens=1) as (_, methods):
+        assert methods == ["elementwise operations by TensorFlow (numba is not installed)"]
+    with fast_training(built("transformer"), num_tokens=1e12) as (_, methods):
+        assert methods == [FUSED]
+    with fast_training(built("lstm"), num_tokens=1e12) as (_, methods):
+        assert methods == [LOOP, FUSED]
+
+
+def test_a_learning_rate_that_is_set_is_that_of_the_steps():
+    model = built("lstm")
+    model.compile(keras.optimizers.AdamW(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.optimizer.build(model.trainable_variables)
+    ids = np.random.default_rng(0).integers(0, V, (B, T + 1))
+    with fast_training(model, 1) as (other, _):
+        for rate, changes in ((0.01, True), (0.0, False), (0.1, True)):
+            before = weights(model)
+            other.optimizer.learning_rate = rate
+            assert float(other.optimizer.learning_rate) == float(model.optimizer.learning_rate) == np.float32(rate)
+            other.train_on_batch(ids[:, :-1], ids[:, 1:])
+            assert (before != weights(model)).any() == changes
+
+
+def test_it_says_what_keras_lacks_for_the_fast_way(monkeypatch):
+    monkeypatch.setattr(module, "attention_problem", lambda layer: "MultiHeadAttention lacks query_dense")
+    with fast_training(built("transformer"), 1) as (_, methods):
+        assert methods == [PASSES, "attention as Keras has it (MultiHeadAttention lacks query_dense)"]
+    with fast_training(built("lstm"), 1) as (_, methods):
+        assert methods == [LOOP, PASSES]
+    monkeypatch.setattr(module, "adamw_problem", lambda optimizer: "AdamW lacks _momentums")
+    with fast_training(built("lstm"), 1) as (trained, methods):
+        assert methods == [LOOP, PASSES, "AdamW as Keras has it (AdamW lacks _momentums)"]
+        assert type(trained.optimizer) is keras.optimizers.AdamW
+    model = built("lstm")
+    compile_model(model, 10, num_microbatches=2)
+    with fast_training(model, 1) as (_, methods):  # left to Keras for what it is set to do, not for what it lacks
+        assert methods == [LOOP, PASSES]
+
+
+@pytest.mark.parametrize("name", [pytest.param("transformer", marks=pytest.mark.slow), "lstm"])
+def test_fused_operations_learn_the_same(name, monkeypatch):
+    monkeypatch.setattr("aigc_tf.training.fast.fast_training.numba_problem", lambda: "numba is not installed")
+    ids = np.random.default_rng(0).integers(0, V, (B, T + 1))
+    losses = []
+    for num_tokens in (0, 1e15):
+        model = built(name, dropout=0.0, num_layers=1)
+        with fast_training(model, num_tokens) as (other, methods):
+            assert (FUSED in methods) == bool(num_tokens)
+            assert tf.config.optimizer.get_jit() == ("autoclustering" if num_tokens else "")
+            losses.append([float(other.train_on_batch(ids[:, :-1], ids[:, 1:])) for _ in range(4)])
+    assert losses[0][-1] < losses[0][0] - 0.02
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["intra", "inter"])
+def test_operations_have_the_threads_of_the_usable_cores_or_those_that_tensorflow_was_told(kind, monkeypatch):
+    name = f"TF_NUM_{kind.upper()}OP_THREADS"
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backend, "usable_cores", lambda: 3)
+    assert backend.num_threads(kind) == 3
+    for no_number in ("", "abc", "0", "-1"):
+        monkeypatch.setenv(name, no_number)
+        assert backend.num_threads(kind) == 3
+    monkeypatch.setenv(name, "2")
+    assert backend.num_threads(kind) == 2
+    monkeypatch.setattr(tf.config.threading, f"get_{kind}_op_parallelism_threads", lambda: 5)
+    assert backend.num_threads(kind) == 5

@@ -1,0 +1,406 @@
+"""Checkpoints: whole or not there, damaged ones skipped, and a training goes on as if it had never stopped."""
+
+import errno
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import message_of
+
+import aigc_tf
+from aigc_tf import Tokenizer, make_dataset, train
+from aigc_tf.runtime.backend import keras
+from aigc_tf.training.checkpoints import list_checkpoints, read_newest, require_same, write_checkpoint
+
+try:
+    import resource
+except ImportError:  # Windows, where the size of files cannot be limited
+    resource = None
+limits_files = pytest.mark.skipif(resource is None, reason="the size of files is limited by POSIX")
+
+ARRAYS = {"weights": [np.arange(6, dtype=np.float32).reshape(2, 3), np.array(7)], "best": []}
+T = 20
+
+
+def write(folder, *steps, keep=10):
+    for step in steps:
+        write_checkpoint(folder, step, ARRAYS, {"step": step}, keep)
+
+
+def read(folder):
+    warnings = []
+    arrays, record, path = read_newest(folder, warnings.append)
+    return arrays, record, path, warnings
+
+
+def steps_in(folder):
+    return [int(path.name.split("-")[1]) for path in list_checkpoints(folder)]
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read(tmp_path):
+    write(tmp_path, 3, 12)
+    arrays, record, path, warnings = read(tmp_path)
+    assert record["step"] == 12
+    assert path.name.startswith("step-0000000012-")
+    assert warnings == []
+    assert list(arrays) == ["weights", "best"]
+    assert arrays["best"] == []
+    for value, expected in zip(arrays["weights"], ARRAYS["weights"], strict=True):
+        np.testing.assert_array_equal(value, expected)
+        assert value.dtype == expected.dtype
+
+
+def test_none_is_none(tmp_path):
+    assert read(tmp_path / "nowhere") == (None, None, None, [])
+
+
+def test_the_last_few_are_kept(tmp_path):
+    write(tmp_path, 9, 10, 100, keep=2)
+    assert steps_in(tmp_path) == [10, 100]
+
+
+def test_whatever_the_damage_the_one_before_is_taken(tmp_path):
+    write(tmp_path, 1, 2)
+    newest = list_checkpoints(tmp_path)[-1]
+    whole = newest.read_bytes()
+    generator = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        if generator.random() < 0.3:
+            del damaged[generator.randrange(len(whole)) :]
+        else:
+            for _ in range(generator.choice([1, 8])):
+                damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        newest.write_bytes(damaged)
+        arrays, record, _, warnings = read(tmp_path)
+        assert record["step"] == 1
+        assert warnings == [f"warning: {newest} is damaged, and skipped"]
+        for value, expected in zip(arrays["weights"], ARRAYS["weights"], strict=True):
+            np.testing.assert_array_equal(value, expected)
+
+
+@limits_files
+def test_where_there_is_no_room_the_earlier_ones_stay(tmp_path):
+    write(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="large") as caught:
+            write_checkpoint(tmp_path, 2, {"weights": [np.zeros(10_000)]}, {}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert steps_in(tmp_path) == [1]
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_what_differs_is_named(tmp_path):
+    before = {"steps": 10, "tokenizer": "a" * 64, "model": {"layer 1 (Dropout)": {"rate": 0.1}}, "batch": [4, 20]}
+    warnings = []
+    require_same(tmp_path, before, {**before, "batch": (4, 20)}, warnings.append)
+    assert warnings == []
+    now = {"steps": 20, "tokenizer": "b" * 64, "model": {"layer 1 (Dropout)": {"rate": 0.2}}, "batch": [4, 20]}
+    message = message_of(ValueError, require_same, tmp_path, before, now, warnings.append)
+    assert "steps was 10, is 20; tokenizer differs; model layer 1 (Dropout) rate was 0.1, is 0.2. Go on" in message
+    assert warnings == []
+
+
+def test_what_a_layer_has_in_one_version_of_keras_alone_is_no_difference(tmp_path):
+    before = {"steps": 10, "model": {"layer 1 (Dropout)": {"rate": 0.1, "old": 1}}}
+    now = {"steps": 10, "model": {"layer 1 (Dropout)": {"rate": 0.1, "new": None}}}
+    warnings = []
+    require_same(tmp_path, before, now, warnings.append)
+    assert warnings == ["warning: another version of Keras? Not compared are the layers' new, old"]
+    now["model"]["layer 1 (Dropout)"]["rate"] = 0.2
+    assert "rate was 0.1, is 0.2" in message_of(ValueError, require_same, tmp_path, before, now, warnings.append)
+
+
+# --- trainings ----------------------------------------------------------------------------------------------------
+
+
+def run(build, documents, tokenizer, folder, **settings):
+    model = build(tokenizer.vocab_size, T, num_layers=1, dropout=settings.pop("dropout", 0.3), seed=1)
+    data = make_dataset(documents, tokenizer, T, settings.pop("batch_size", 4), seed=settings.pop("seed", 0))
+    valid = settings.pop("valid_documents", documents[:10])
+    usual = {"steps": 12, "validations": 3, "progress": False, "checkpoint_steps": 1, "num_candidates": 0}
+    settings = {**usual, **settings}
+    return model, train(model, data, tokenizer, valid, run_dir=folder, **settings)
+
+
+def state_of(model, history, folder):
+    """All that must be the same, bit for bit."""
+    arrays, record, _, _ = read(folder / "checkpoints")
+    figures = [{name: h[name] for name in h if name != "tokens_per_second"} for h in (history, record["history"])]
+    flat = [value for values in arrays.values() for value in values]
+    return [*flat, *model.get_weights()], [*figures, record["step"]]
+
+
+def require_equal(one, two):
+    for a, b in zip(one[0], two[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert one[1] == two[1]
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings"),
+    [
+        ((4, 7), {}),  # at a validation, and between two
+        ((7, 10), {"num_candidates": 100}),  # and of the steps among candidates, of which the tenth is the last
+        ((7,), {"num_microbatches": 2}),
+    ],
+)
+def test_from_each_checkpoint_it_goes_on_to_the_same_end(build, documents, tokenizer, tmp_path, steps, settings):
+    whole = tmp_path / "whole"
+    model, history = run(build, documents, tokenizer, whole, keep_checkpoints=99, **settings)
+    expected = state_of(model, history, whole)
+    assert len(list_checkpoints(whole / "checkpoints")) == 12
+    for step in steps:
+        part = tmp_path / f"part-{step}"
+        (part / "checkpoints").mkdir(parents=True)
+        shutil.copy(list_checkpoints(whole / "checkpoints")[step - 1], part / "checkpoints")
+        require_equal(state_of(*run(build, documents, tokenizer, part, **settings), part), expected)
+        assert (part / "log.csv").read_text().splitlines()[
+            0
+        ] == "step,loss,bits_per_char,learning_rate,tokens_per_second"
+        assert len((part / "log.csv").read_text().splitlines()) == 4
+
+
+def test_checkpoints_change_nothing(build, documents, tokenizer, tmp_path):
+    with_them, history = run(build, documents, tokenizer, tmp_path)
+    model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.3, seed=1)
+    data = make_dataset(documents, tokenizer, T, 4, seed=0)
+    settings = {"steps": 12, "validations": 3, "num_candidates": 0, "progress": False}
+    alone = train(model, data, tokenizer, documents[:10], **settings)
+    assert alone["bits_per_char"] == history["bits_per_char"]
+    for a, b in zip(model.get_weights(), with_them.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_scale_of_the_loss_goes_on_too(documents, tokenizer, tmp_path):
+    def build(*args, **settings):
+        return aigc_tf.lstm(*args, hidden_dim=16, **settings)
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        settings = {"keep_checkpoints": 9, "checkpoint_steps": 4}
+        expected = state_of(*run(build, documents, tokenizer, tmp_path, **settings), tmp_path)
+        for path in list_checkpoints(tmp_path / "checkpoints")[1:]:
+            path.unlink()
+        require_equal(state_of(*run(build, documents, tokenizer, tmp_path, **settings), tmp_path), expected)
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def test_data_of_another_origin_is_read_again(build, documents, tokenizer, tmp_path):
+    def run_on(folder):
+        model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.3, seed=1)
+        data = make_dataset(documents, tokenizer, T, 4, seed=0).map(lambda x, y: (x, y))
+        settings = {"steps": 6, "validations": 2, "progress": False, "checkpoint_steps": 2, "keep_checkpoints": 9}
+        return model, train(model, data, tokenizer, documents[:10], run_dir=folder, **settings)
+
+    expected = state_of(*run_on(tmp_path), tmp_path)
+    for path in list_checkpoints(tmp_path / "checkpoints")[1:]:
+        path.unlink()
+    require_equal(state_of(*run_on(tmp_path), tmp_path), expected)
+
+
+def test_another_setting_corpus_or_tokenizer_is_refused(build, documents, tokenizer, tmp_path):
+    run(build, documents, tokenizer, tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = [documents[0].replace("白", "黄"), *documents[1:]]
+    for part, texts, tokens, change in [
+        ("steps was 12, is 13", documents, tokenizer, {"steps": 13}),
+        ("learning_rate was 0.001, is 0.002", documents, tokenizer, {"learning_rate": 2e-3}),
+        ("validations was 3, is 4", documents, tokenizer, {"validations": 4}),
+        ("rate was 0.3, is 0.4", documents, tokenizer, {"dropout": 0.4}),
+        ("training data order's seed was 0, is 5", documents, tokenizer, {"seed": 5}),
+        ("training data shape of a batch was [4, 20], is [5, 20]", documents, tokenizer, {"batch_size": 5}),
+        ("held-out documents differs", documents, tokenizer, {"valid_documents": documents[:9]}),
+        ("training data tokens differs", other, tokenizer, {}),
+        ("tokenizer differs", documents, Tokenizer.train(documents[:9]), {}),
+    ]:
+        assert part in message_of(ValueError, run, build, texts, tokens, tmp_path, **change)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+def test_a_damaged_checkpoint_is_skipped_and_said(build, documents, tokenizer, tmp_path, capsys):
+    expected = state_of(*run(build, documents, tokenizer, tmp_path), tmp_path)
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:-100])
+    again = run(build, documents, tokenizer, tmp_path, progress=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"warning: {newest} is damaged, and skipped"
+    assert lines[1].startswith("goes on after step 11, kept in ")
+    require_equal(state_of(*again, tmp_path), expected)
+
+
+def test_a_log_that_cannot_be_written_says_so(build, documents, tokenizer, tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(28, "No space left on device", ".1-log.csv")
+
+    monkeypatch.setattr("aigc_tf.training.session.write_beside", fail)
+    with pytest.raises(OSError, match="the log of step 0 cannot be written. There is none before it. Make room") as e:
+        run(build, documents, tokenizer, tmp_path)
+    assert e.value.filename == str(tmp_path / "log.csv")
+
+
+@limits_files
+def test_a_full_disk_stops_with_what_is_kept(build, documents, tokenizer, tmp_path):
+    run(build, documents, tokenizer, tmp_path)
+    for path in list_checkpoints(tmp_path / "checkpoints")[1:]:
+        path.unlink()
+    kept = list_checkpoints(tmp_path / "checkpoints")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written") as caught:
+            run(build, documents, tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"the checkpoint of step 12 cannot be written. The last good checkpoint is {kept[0]}." in str(caught.value)
+    assert list_checkpoints(tmp_path / "checkpoints") == kept
+    assert run(build, documents, tokenizer, tmp_path)[1]["step"] == [4, 8, 12]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_training(build, documents, tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run(build, documents, tokenizer, tmp_path / "file" / "run")
+
+
+def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(build, documents, tokenizer, tmp_path):
+    message = message_of(ValueError, run, build, documents, tokenizer, tmp_path, learning_rate=1e38)
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    assert f"The last good checkpoint is {newest}." in message
+    for values in read(tmp_path / "checkpoints")[0].values():
+        assert all(np.isfinite(value).all() for value in values)
+
+
+def test_what_a_kill_left_half_written_is_gone_after_the_next_training(build, documents, tokenizer, tmp_path):
+    folders = (tmp_path, tmp_path / "checkpoints")
+    leftovers = [folder / f".0123456789ab-{name}" for folder in folders for name in (".lock", "step.npz")]
+    folders[1].mkdir()
+    for path in leftovers:
+        path.touch()
+    run(build, documents, tokenizer, tmp_path, steps=1, validations=1)
+    assert not any(path.exists() for path in leftovers)
+
+
+def test_checkpoints_come_by_the_minute(build, documents, tokenizer, tmp_path):
+    settings = {"checkpoint_steps": None, "keep_checkpoints": 99, "steps": 3, "validations": 1}
+    run(build, documents, tokenizer, tmp_path / "seldom", **settings)
+    assert steps_in(tmp_path / "seldom" / "checkpoints") == [3]
+    run(build, documents, tokenizer, tmp_path / "often", **settings, checkpoint_minutes=1e-9)
+    assert steps_in(tmp_path / "often" / "checkpoints")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "part"),
+    [
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps must be above 0, or None, got 0"),
+        ({"checkpoint_minutes": -1}, "checkpoint_minutes must be above 0, or None, got -1"),
+    ],
+)
+def test_wrong_settings_are_said(build, documents, tokenizer, tmp_path, wrong, part):
+    assert part in message_of(ValueError, run, build, documents, tokenizer, tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+import numpy as np, aigc_tf
+from aigc_tf.training.checkpoints import list_checkpoints
+documents, folder, architecture = open(sys.argv[1]).read().split("\\n\\n"), sys.argv[2], sys.argv[3]
+tokenizer = aigc_tf.Tokenizer.train(documents)
+build = getattr(aigc_tf, architecture)
+model = build(tokenizer.vocab_size, 20, num_layers=1, hidden_dim=16, dropout=0.3, seed=1)
+data = aigc_tf.make_dataset(documents, tokenizer, 20, 4, seed=0)
+settings = {"steps": 1200, "validations": 5, "checkpoint_steps": 20, "run_dir": folder}
+aigc_tf.train(model, data, tokenizer, documents[:10], **settings)
+np.savez(folder + "/weights.npz", *model.get_weights())
+"""
+
+
+def start(folder, texts, architecture):
+    command = [sys.executable, "-u", "-c", SCRIPT, str(texts), str(folder), architecture]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def kill_at_random(process, folder, generator, signum) -> bool:
+    """Kill a training some time after it began, half of the time while it writes; tell whether it was alive."""
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(iter(process.stdout.readline, "")))
+    reader.start()
+    known = set(list_checkpoints(folder / "checkpoints"))
+    while process.poll() is None and not set(list_checkpoints(folder / "checkpoints")) - known:
+        time.sleep(0.005)  # until this process has written one: so it is in the midst of training
+    if generator.random() < 0.5:
+        time.sleep(generator.uniform(0, 0.4))
+    else:
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and not list((folder / "checkpoints").glob(".*")):
+            pass
+    process.send_signal(signum)
+    code = process.wait()
+    reader.join()
+    process.stdout.close()
+    if code in (-signum, 0):
+        return code != 0 or signum == signal.SIGINT
+    raise AssertionError(f"{code}: {''.join(lines)}")
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(documents, tmp_path):
+    """Both architectures at a time, each eleven times, or as often as five minutes allow, but three times at least."""
+    num_kills, deadline = 11, time.monotonic() + 300
+    texts = tmp_path / "texts"
+    texts.write_text("\n\n".join(documents))
+    failures, killed = [], []
+
+    def chain(architecture):
+        generator = random.Random(architecture)
+        whole, broken = tmp_path / architecture, tmp_path / f"{architecture}-broken"
+        try:
+            output = start(whole, texts, architecture).communicate()[0]
+            signals = [signal.SIGTERM, signal.SIGINT, *[signal.SIGKILL] * (num_kills - 2)]
+            for i, signum in enumerate(signals):
+                if i >= 3 and time.monotonic() > deadline:
+                    break
+                killed.append(kill_at_random(start(broken, texts, architecture), broken, generator, signum))
+            last = start(broken, texts, architecture).communicate()[0]
+            assert "goes on after step" in last
+            states = [state_in(folder) for folder in (whole, broken)]
+            require_equal(*states)
+            assert len(states[0][1][0]["step"]) == 5, output
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=chain, args=(name,)) for name in ("lstm", "transformer")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for failure in failures:
+        raise failure
+    assert sum(killed) >= 5  # of six, should one have been done already
+
+
+def state_in(folder):
+    arrays, record, _, _ = read(folder / "checkpoints")
+    history = {name: values for name, values in record["history"].items() if name != "tokens_per_second"}
+    with np.load(folder / "weights.npz") as weights:
+        return [*(v for vs in arrays.values() for v in vs), *weights.values()], [history, record["step"]]
