@@ -6,15 +6,15 @@ import time
 
 import numpy as np
 
-from ..runtime.backend import keras, tf
-from ..runtime.distribution import known_precision, predict
 from ..evaluation.bits import FINAL_TOKENS, VALIDATION_TOKENS, batch_rows, scorer
-from ..training.fast.fast_training import fast_training
-from ..runtime.hardware import available_bytes, gpu_watts, process_bytes, processor_joules
 from ..models.networks import build
 from ..models.sizes import at_least_1, dimensions
-from .tables import duration, number, scaled
+from ..runtime.backend import keras, tf
+from ..runtime.distribution import known_precision, predict
+from ..runtime.hardware import available_bytes, gpu_watts, process_bytes, processor_joules
+from ..training.fast.fast_training import fast_training
 from ..training.train import check_candidates, compile_model, phases, usual_candidates
+from .tables import duration, number, scaled
 
 # What `initialise` and `baselines` take for each token that they count, measured with 21 MB of text, and of how many
 # tokens they do.

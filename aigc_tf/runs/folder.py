@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
-from ..runtime.files import beside, from_json, rename, sync, write_json
-from ..runtime.keras_internals import is_its_graph
 from ..corpus.tokenizer import Tokenizer, check_vocabulary
 from ..models.graph import LstmWeights, TransformerWeights, check_file, read_file
+from ..runtime.files import beside, from_json, rename, sync, write_json
+from ..runtime.keras_internals import is_its_graph
 
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
 _SAVING = ".saving"  # in a run folder, a folder of files that are whole, and on their way to their places

@@ -10,22 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import __version__
-from ..training.checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
+from ..corpus.cleaning import MOST_CHARS, documents_sha256, split
 from ..corpus.dataset import as_seed, make_dataset, make_store, open_store
-from ..runtime.distribution import is_first_host, known_precision, num_hosts, num_replicas
-from .estimate import memory_warning
+from ..corpus.segmentation import as_user_dict, remove_stopwords
+from ..corpus.tokenizer import Tokenizer, usual_processes
 from ..evaluation.bits import FINAL_TOKENS, baselines, evaluate, sample_documents
-from ..runtime.files import beside, holding, locked, rename
 from ..generation.generate import generate
 from ..models.initialisation import initialise
 from ..models.networks import build
+from ..runtime.distribution import is_first_host, known_precision, num_hosts, num_replicas
+from ..runtime.files import beside, holding, locked, rename
+from ..training.checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
 from ..training.optimizer import check_optimization
-from .folder import add_to_run, has_run, save
-from ..corpus.segmentation import as_user_dict, remove_stopwords
-from .tables import in_words, number
-from ..corpus.cleaning import MOST_CHARS, documents_sha256, split
-from ..corpus.tokenizer import Tokenizer, usual_processes
 from ..training.train import train
+from .estimate import memory_warning
+from .folder import add_to_run, has_run, save
+from .tables import in_words, number
 
 _PASSES, _LEAST_STEPS, _MOST_STEPS = 9, 500, 10_000
 _OF_A_TRAINING = {CHECKPOINTS, "log.csv", "tensorboard"}

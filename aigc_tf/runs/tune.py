@@ -14,13 +14,13 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..corpus.cleaning import documents_sha256
 from ..corpus.dataset import as_seed
 from ..runtime.backend import tf
 from ..runtime.files import from_json, locked, write_json
-from .pipeline import run_pipeline
 from .folder import read_run
+from .pipeline import run_pipeline
 from .search_space import TYPES, check_space
-from ..corpus.cleaning import documents_sha256
 
 _TRIALS, _BEST = "trials.json", "best"
 _TEXT = ".text"  # the tokens, which trials that cut the text alike share

@@ -5,13 +5,11 @@ import pytest
 from conftest import message_of
 
 from aigc_tf import estimate, memory_warning
-from aigc_tf.runtime import cores
-from aigc_tf.runtime import backend
-from aigc_tf.runs import estimate as estimate_module
-from aigc_tf.runtime import hardware
-from aigc_tf.runs.estimate import describe
-from aigc_tf.runtime.hardware import _container_bytes, available_bytes, gpu_watts, process_bytes, processor_joules
 from aigc_tf.models.networks import build
+from aigc_tf.runs import estimate as estimate_module
+from aigc_tf.runs.estimate import describe
+from aigc_tf.runtime import backend, cores, hardware
+from aigc_tf.runtime.hardware import _container_bytes, available_bytes, gpu_watts, process_bytes, processor_joules
 
 RUN = {"vocab_size": 500, "context": 12, "batch_size": 4, "steps": 100}
 

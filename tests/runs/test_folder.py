@@ -28,9 +28,9 @@ from aigc_tf import (
     surprisal_html,
     train,
 )
-from aigc_tf.runtime.backend import keras
-from aigc_tf.runs.folder import add_to_run
 from aigc_tf.models.graph import LstmWeights, TransformerWeights
+from aigc_tf.runs.folder import add_to_run
+from aigc_tf.runtime.backend import keras
 
 
 @pytest.fixture(scope="module")
@@ -479,7 +479,9 @@ def test_a_tokenizer_of_other_things_than_text_is_refused(trained, tokenizer, tm
 
 def test_versions_are_told_without_loading_keras(tmp_path):
     (tmp_path / "keras.json").write_text('{"backend": "jax"}')
-    code = "import sys; from aigc_tf.cli.commands import main; main(['info', '--json']); assert 'keras' not in sys.modules"
+    code = (
+        "import sys; from aigc_tf.cli.commands import main; main(['info', '--json']); assert 'keras' not in sys.modules"
+    )
     for variables, expected in (({}, "jax"), ({"KERAS_BACKEND": "tensorflow"}, "tensorflow")):
         environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
         environment |= {"KERAS_HOME": str(tmp_path), **variables}

@@ -10,9 +10,9 @@ from conftest import message_of
 
 import aigc_tf
 from aigc_tf.cli.commands import _pipeline_settings
-from aigc_tf.runtime.backend import keras
 from aigc_tf.cli.parser import make_parser
 from aigc_tf.runs.pipeline import SETTINGS, _encode, is_unfinished, run_pipeline, usual_steps
+from aigc_tf.runtime.backend import keras
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
 

@@ -15,13 +15,13 @@ from conftest import message_of
 import aigc_tf
 from aigc_tf.corpus import dataset
 from aigc_tf.runs import tune as tune_module
-from aigc_tf.training.checkpoints import list_checkpoints
-from aigc_tf.training.session import NoDisplay
-from aigc_tf.runtime.backend import keras
-from aigc_tf.runtime.files import locked
 from aigc_tf.runs.pipeline import SETTINGS
 from aigc_tf.runs.search_space import DEFAULT_SPACE, check_space, parse_space
 from aigc_tf.runs.tune import describe_trials, tune
+from aigc_tf.runtime.backend import keras
+from aigc_tf.runtime.files import locked
+from aigc_tf.training.checkpoints import list_checkpoints
+from aigc_tf.training.session import NoDisplay
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
 SMALL |= {"model": "lstm"}
