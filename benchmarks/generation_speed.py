@@ -147,8 +147,8 @@ def randomize(model) -> None:
 def ours(shape, batch, threads):
     import aigc_tf
     from aigc_tf.generation.engines.choose import choose_engine
-    from aigc_tf.generation.engines.engine import decoder
-    from aigc_tf.generation.sampler import Settings
+    from aigc_tf.generation.engines.engine import make_engine
+    from aigc_tf.generation.settings import Settings
 
     tokenizer = aigc_tf.Tokenizer([chr(0x4E00 + i) for i in range(VOCAB_SIZE - FIRST_PIECE)])
     model = aigc_tf.transformer(VOCAB_SIZE, CONTEXT, **shape)
@@ -159,7 +159,7 @@ def ours(shape, batch, threads):
 
     def logits(engine):
         rows, positions = np.divmod(np.arange(batch * PROMPT_TOKENS), PROMPT_TOKENS)
-        return decoder(model, batch, engine).read(rows, positions, random_prompts(batch).ravel())
+        return make_engine(model, batch, engine).read(rows, positions, random_prompts(batch).ravel())
 
     def write(new_tokens):
         texts = aigc_tf.generate_batch(model, tokenizer, prompts, max_new_tokens=new_tokens, **settings)

@@ -224,8 +224,8 @@ _PUNCTUATION = "，。、；：？！“”‘’（）《》…—\n"
 
 
 def _generate(options) -> None:
-    from ..generation.generate import check_generation, generate_batch, stream
-    from ..generation.sampler import Settings
+    from ..generation.generate import generate_batch, stream
+    from ..generation.settings import Settings, check_generation
     from ..generation.show import as_json, printable
 
     names = {"max_new_tokens", "stop", "best_of", "num_beams", "length_penalty", *Settings._fields}

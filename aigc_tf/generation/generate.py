@@ -1,13 +1,12 @@
 """Generation: generate(), generate_batch(), stream(): read the prompts, then choose and read a token at a time."""
 
-import difflib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from ..corpus.tokenizer import Tokenizer, check_vocabulary
 from .engines.choose import choose_engine
-from .sampler import Settings, check_number, check_settings, check_words
+from .settings import check_generation
 from .writer import Text, Writer
 
 
@@ -126,8 +125,7 @@ def generate_batch(
         raise TypeError(f"prompts must be a list of texts, got {prompts!r}. For one text call generate.")
     prompts = list(prompts)
     _check_arguments(model, tokenizer, *prompts)
-    stop = check_words("stop", stop)
-    settings = check_generation(max_new_tokens, seed, best_of, num_beams, length_penalty, stop, **sampling)
+    settings, stop = check_generation(max_new_tokens, seed, best_of, num_beams, length_penalty, stop, **sampling)
     engine, source = choose_engine(model, engine, settings, num_beams)
     writer = Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
     for prompt in prompts:
@@ -181,8 +179,7 @@ def stream(
     if late := {"best_of", "num_beams", "length_penalty", "log_probability"} & set(sampling):
         raise ValueError(f"stream() does not support {', '.join(sorted(late))}, known only at the end. Call generate.")
     _check_arguments(model, tokenizer, prompt)
-    stop = check_words("stop", stop)
-    settings = check_generation(max_new_tokens, seed, stop=stop, **sampling)
+    settings, stop = check_generation(max_new_tokens, seed, stop=stop, **sampling)
     engine, source = choose_engine(model, engine, settings)
     writer = Writer(tokenizer, engine, source, settings, max_new_tokens, stop)
     writer.check_prompt(prompt)
@@ -193,52 +190,6 @@ def stream(
         yield from writer.pieces(writer.stream([tokenizer.BOS, *tokenizer.encode(prompt)], seed))
 
     return pieces()
-
-
-_SETTINGS = (
-    "max_new_tokens", "stop", "seed", "best_of", "num_beams", "length_penalty", "log_probability", "engine",
-    *Settings._fields,
-)  # fmt: skip
-_NOT_FOR_BEAMS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "forced")
-
-
-def check_generation(
-    max_new_tokens: int = 100,
-    seed: int | None = None,
-    best_of: int = 1,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
-    stop: str | list[str] = (),
-    **sampling,
-) -> Settings:
-    """Refuse invalid settings of generation, and return those of sampling."""
-    for name in sampling.keys() - set(Settings._fields):
-        close = difflib.get_close_matches(name, _SETTINGS, 1)
-        meant = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(f"There is no setting {name!r}.{meant} There are {', '.join(_SETTINGS)}.")
-    for name, number, least in (
-        ("max_new_tokens", max_new_tokens, 0),
-        ("best_of", best_of, 1),
-        ("num_beams", num_beams, 1),
-        ("seed", 0 if seed is None else seed, 0),
-    ):
-        words = f"a whole number of at least {least}"
-        check_number(name, number, lambda x, least=least: x >= least and x == int(x), words)
-    check_number("length_penalty", length_penalty, lambda x: True, "a finite number")
-    if length_penalty != 1 and num_beams == 1:
-        raise ValueError("length_penalty chooses among the texts of a search: give num_beams > 1 too.")
-    if num_beams > 1 and best_of > 1:
-        raise ValueError("num_beams > 1 does not support best_of > 1: a search draws no samples. Give one of them.")
-    settings = check_settings(**sampling)
-    for name in _NOT_FOR_BEAMS if num_beams > 1 else ():
-        if name in sampling:
-            raise ValueError(f"num_beams > 1 does not support {name}: the search is deterministic. Leave one out.")
-    stop = check_words("stop", stop)
-    for word in settings.forced:
-        for end in stop:
-            if end in word:
-                raise ValueError(f"{word!r} is forced and holds {end!r}, at which the text stops.")
-    return settings
 
 
 def _check_arguments(model, tokenizer, *prompts) -> None:

@@ -7,8 +7,6 @@ Forced words stand above it (`generation/forced_words.py`): they take the place 
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,104 +14,9 @@ from ..corpus import utf8
 from ..corpus.tokenizer import Tokenizer
 from . import processors
 from .banned_words import BannedWords
+from .settings import Settings, check_number
 
-_COLDEST = 1e-6  # below, differences that float32 logits can hold leave but the likeliest token
-_LARGEST = 1e6  # of penalties: more would overflow float32 where they add up, and changes nothing
 NOT_FINITE = "The model's logits are not finite (NaN or infinite). Its training failed: load an earlier one."
-_OPTIONAL = ("top_k", "top_p", "min_p", "typical_p", "no_repeat_ngram")
-
-
-class Settings(NamedTuple):
-    """The settings of sampling and their defaults; `generation.generate` tells what they do."""
-
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = 0.9
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram: int | None = None
-    exempt: Collection[str] = ()
-    banned: Collection[str] = ()
-    forced: Collection[str] = ()
-    logit_bias: Mapping[str | int, float] = {}
-
-
-def check_settings(**sampling) -> Settings:
-    """Refuse settings that mean nothing, and fill in the defaults of the others.
-
-    Args:
-        **sampling: settings by name.
-
-    Returns:
-        `Settings`.
-
-    Raises:
-        ValueError: a setting is unknown or out of range.
-    """
-    if unknown := set(sampling) - set(Settings._fields):
-        raise ValueError(f"Settings of sampling are {', '.join(Settings._fields)}; got {', '.join(sorted(unknown))}.")
-    given = Settings(**sampling)._asdict()
-    rules = {
-        "temperature": (
-            lambda x: 0 <= x <= _LARGEST,
-            f"at least 0, at most {_LARGEST:.0f}; 0 takes the likeliest token",
-        ),
-        "top_k": (_at_least_1, "a whole number of at least 1, or None for all tokens"),
-        "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens"),
-        "min_p": (lambda x: 0 <= x <= 1, "from 0 to 1, or None for all tokens"),
-        "typical_p": (lambda x: 0 < x <= 1, "above 0 and at most 1, or None for all tokens"),
-        "repetition_penalty": (lambda x: 0 < x <= _LARGEST, f"above 0, at most {_LARGEST:.0f}; 1 changes nothing"),
-        "presence_penalty": (
-            lambda x: abs(x) <= _LARGEST,
-            f"a finite number of at most {_LARGEST:.0f}; 0 changes nothing",
-        ),
-        "frequency_penalty": (
-            lambda x: abs(x) <= _LARGEST,
-            f"a finite number of at most {_LARGEST:.0f}; 0 changes nothing",
-        ),
-        "no_repeat_ngram": (_at_least_1, "a whole number of at least 1, or None"),
-    }
-    for name, (rule, words) in rules.items():
-        if given[name] is not None or name not in _OPTIONAL:
-            check_number(name, given[name], rule, words)
-            given[name] = (int if rule is _at_least_1 else float)(given[name])
-    if given["temperature"] < _COLDEST:
-        given["temperature"] = 0.0
-    for name in ("exempt", "banned", "forced"):
-        if isinstance(given[name], str):
-            raise ValueError(f"{name} must be a list of words, none of them empty, got {given[name]!r}.")
-        given[name] = check_words(name, given[name])
-    for word in given["forced"]:
-        if contained := [other for other in given["banned"] if other in word]:
-            raise ValueError(f"{word!r} is forced and holds {contained[0]!r}, which is banned.")
-    if not isinstance(given["logit_bias"], Mapping):
-        raise ValueError(f"logit_bias must map tokens to numbers, got {given['logit_bias']!r}.")
-    return Settings(**given)
-
-
-def _at_least_1(x) -> bool:
-    return x >= 1 and x == int(x)
-
-
-def check_words(name: str, words) -> tuple[str, ...]:
-    """Refuse what is no list of words, and return them; a single one may stand for itself."""
-    given = [words] if isinstance(words, str) else list(words) if isinstance(words, Iterable) else words
-    if not isinstance(given, list) or not all(isinstance(word, str) and word for word in given):
-        raise ValueError(f"{name} must be a list of words, none of them empty, got {given!r}.")
-    return tuple(given)
-
-
-def check_number(name: str, value, rule, words: str) -> None:
-    """Refuse what is no finite number, or breaks a rule."""
-    try:
-        fits = math.isfinite(value) and rule(value)
-    except (TypeError, OverflowError):  # no number, or a whole one beyond all others
-        fits = False
-    if not fits:
-        raise ValueError(f"{name} must be {words}, got {value!r}.")
 
 
 class Sampler:
@@ -121,7 +24,7 @@ class Sampler:
 
     Args:
         tokenizer: the tokenizer.
-        settings: what `check_settings` gave.
+        settings: what `check_sampling` gave.
         use_numba: sample with `engines/numba_sampling.py`.
 
     Attributes:

@@ -480,7 +480,7 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["generate", run, "--max-new-tokens", "-1"], "max_new_tokens must be a whole number of at least 0"),
         (["generate", run, "--ban", ""], "banned must be a list of words, none of them empty"),
         (["generate", run, "--force", ""], "forced must be a list of words, none of them empty"),
-        (["generate", run, "--force", "白日", "--ban", "日"], "'白日' is forced and holds '日', which is banned"),
+        (["generate", run, "--force", "白日", "--ban", "日"], "'白日' is forced and contains '日', which is banned"),
         (["generate", run, "--force", "明月", "--max-new-tokens", "1"], "The forced words need 2 tokens"),
         (["generate", run, "--exempt", "nolist"], "Stopwords must be one of the lists cn, classical"),
         (["generate", run, "--best-of", "0"], "best_of must be a whole number of at least 1"),

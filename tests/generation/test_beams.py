@@ -9,7 +9,8 @@ from aigc_tf.generation.batch import Batch
 from aigc_tf.generation.beams import search_beams
 from aigc_tf.generation.engines.engine import make_engine
 from aigc_tf.generation.processors import log_softmax
-from aigc_tf.generation.sampler import Sampler, check_settings
+from aigc_tf.generation.sampler import Sampler
+from aigc_tf.generation.settings import check_sampling
 
 TOKENIZER = Tokenizer(["白", "日", "依", "山", "，"])
 BOS, EOS, V = TOKENIZER.BOS, TOKENIZER.EOS, TOKENIZER.vocab_size
@@ -42,7 +43,7 @@ def search(model, prompts, num_beams, max_new_tokens, length_penalty=1.0, kind="
         decoder = make_engine(model, len(prompts) * num_beams, "numba" if kind == "compiled" else "numpy")
     ids = [[BOS, *TOKENIZER.encode(prompt)] for prompt in prompts for _ in range(num_beams)]
     texts = Batch(decoder, ids)
-    sampler = Sampler(TOKENIZER, check_settings(**settings))
+    sampler = Sampler(TOKENIZER, check_sampling(**settings))
     found = search_beams(texts, sampler, num_beams, max_new_tokens, length_penalty)
     return ["".join(TOKENIZER.decode_stream(ids, cut=True)) for ids in found], texts.now - max(map(len, ids))
 
@@ -65,7 +66,7 @@ def start_of(ids, start):
 
 
 def bias_of(settings):
-    return Sampler(TOKENIZER, check_settings(**settings)).bias
+    return Sampler(TOKENIZER, check_sampling(**settings)).bias
 
 
 def exhaustive_search(model, prompt, max_new_tokens, length_penalty, bias):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aigc_tf import Tokenizer, generate, generate_batch, stream
 from aigc_tf.generation.engines.engine import Engine, make_engine
-from aigc_tf.generation.sampler import check_settings
+from aigc_tf.generation.settings import check_sampling
 from aigc_tf.generation.writer import Writer
 from aigc_tf.models.ngram import Ngram
 
@@ -40,7 +40,7 @@ def write(words, max_new_tokens, wanted=(), strength=6.0, seed=0, prompt="", ban
     logits = np.zeros(V, np.float32)
     logits[wanted] += strength
     decoder = Engine(lambda rows, positions, ids: np.tile(logits, (len(np.unique(rows)), 1)), lambda parents: None)
-    settings = check_settings(forced=words, banned=banned, logit_bias=dict(bias), temperature=1.0, top_p=None)
+    settings = check_sampling(forced=words, banned=banned, logit_bias=dict(bias), temperature=1.0, top_p=None)
     writer = Writer(TOKENIZER, "numpy", None, settings, max_new_tokens, stop)
     writer.check_prompt(prompt)
     writer._make_engine = lambda num_rows: decoder
@@ -366,7 +366,7 @@ def test_many_words_come_though_a_draft_holds_some_of_them(extra, is_touchy):
         return logits
 
     banned = [char * 2 for char in ("a", *others)] if is_touchy else []
-    settings = check_settings(forced=words, banned=banned, temperature=1.0, top_p=None)
+    settings = check_sampling(forced=words, banned=banned, temperature=1.0, top_p=None)
     max_new_tokens = sum(len(tokenizer.encode(word)) for word in words) + extra
     for seed in range(9):
         writer = Writer(tokenizer, "numpy", None, settings, max_new_tokens, ())
@@ -503,7 +503,7 @@ def test_the_log_probability_of_a_long_text_is_that_of_writing_it_from_the_promp
     from aigc_tf.generation.engines.choose import choose_engine
 
     model = spread(build(V, 8))
-    decode = choose_engine(model, "numpy", check_settings())[1]
+    decode = choose_engine(model, "numpy", check_sampling())[1]
     settings = {"forced": ["白日"], "max_new_tokens": 30, "seed": 0, "engine": "numpy", "logit_bias": {EOS: -np.inf}}
     for best_of in (1, 2):
         text = generate(model, TOKENIZER, "山", log_probability=True, best_of=best_of, **settings)

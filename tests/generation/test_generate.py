@@ -12,7 +12,8 @@ from aigc_tf import Tokenizer, generate, generate_batch, kneser_ney, stream
 from aigc_tf.generation import processors, writer
 from aigc_tf.generation.batch import Batch, Noise
 from aigc_tf.generation.engines.engine import make_engine
-from aigc_tf.generation.sampler import Sampler, check_settings
+from aigc_tf.generation.sampler import Sampler
+from aigc_tf.generation.settings import check_sampling
 from aigc_tf.runtime.backend import keras
 
 T = 48
@@ -110,7 +111,7 @@ def test_padding_and_begin_are_never_written(tokenizer):
     flat = table_model(tokenizer, {i: i for i in range(tokenizer.vocab_size)})
     for layer in flat.layers[1:]:
         layer.embeddings.assign(np.zeros(layer.embeddings.shape, np.float32))
-    sampler = Sampler(tokenizer, check_settings(temperature=1.0, top_p=None))
+    sampler = Sampler(tokenizer, check_sampling(temperature=1.0, top_p=None))
     texts = Batch(make_engine(flat, 400, "numpy"), [[tokenizer.BOS]] * 400)
     for ids in writer.write_on(texts, sampler, Noise(list(range(400))), 4, np.zeros(400, bool)):
         assert not {tokenizer.PAD, tokenizer.BOS} & set(ids.tolist())
@@ -379,88 +380,6 @@ def test_however_a_text_is_asked_for_its_end_is_the_same(ends):
     assert generate(model, tokenizer, max_new_tokens=7, num_beams=2) == text
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"temperature": -1}, "temperature must be at least 0.*, got -1"),
-        ({"temperature": float("nan")}, "temperature must be at least 0.*, got nan"),
-        ({"top_k": 0}, "top_k must be a whole number of at least 1.*, got 0"),
-        ({"top_p": 0}, "top_p must be above 0 and at most 1.*, got 0"),
-        ({"top_p": 1.5}, "top_p must be above 0 and at most 1.*, got 1.5"),
-        ({"max_new_tokens": -1}, "max_new_tokens must be a whole number of at least 0, got -1"),
-        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number of at least 0, got 1.5"),
-        ({"nonsense": 1}, "There is no setting 'nonsense'. There are max_new_tokens, .*logit_bias"),
-    ],
-)
-def test_settings_that_mean_nothing_are_said(tokenizer, settings, message):
-    model = table_model(tokenizer, {})
-    for function in (generate, stream):
-        with pytest.raises(ValueError, match=message):
-            function(model, tokenizer, "白", **settings)
-    with pytest.raises(ValueError, match="same vocabulary size"):
-        generate(model, Tokenizer.train(["白日依"]), "白")
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"best_of": 0}, "best_of must be a whole number of at least 1, got 0."),
-        ({"best_of": 1.5}, "best_of must be a whole number of at least 1, got 1.5."),
-        ({"num_beams": 0}, "num_beams must be a whole number of at least 1, got 0."),
-        ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan."),
-        ({"length_penalty": -float("inf")}, "length_penalty must be a finite number, got -inf."),
-        ({"length_penalty": 2.0}, "length_penalty chooses among the texts of a search: give num_beams > 1 too."),
-        (
-            {"num_beams": 2, "best_of": 2},
-            "num_beams > 1 does not support best_of > 1: a search draws no samples. Give one of them.",
-        ),
-    ],
-)
-def test_settings_of_a_search_that_mean_nothing_are_said(tokenizer, settings, expected):
-    assert message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **settings) == expected
-    assert message_of(ValueError, generate_batch, table_model(tokenizer, {}), tokenizer, [], **settings) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_new_tokens", "5"),
-        ("max_new_tokens", float("nan")),
-        ("max_new_tokens", float("inf")),
-        ("max_new_tokens", None),
-        ("best_of", "2"),
-        ("best_of", None),
-        ("num_beams", float("inf")),
-        ("num_beams", float("nan")),
-        ("length_penalty", "1"),
-        ("length_penalty", None),
-        ("seed", -1),
-        ("seed", 1.5),
-        ("seed", "7"),
-    ],
-)
-def test_settings_of_another_kind_are_said_too(tokenizer, name, value):
-    message = message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: value})
-    assert name in message
-    assert str(value) in message
-
-
-def test_a_whole_number_may_be_a_float(tokenizer):
-    a, b = tokenizer.encode("白日")
-    model = table_model(tokenizer, {a: b, b: a})
-    for settings in (
-        {"max_new_tokens": 5},
-        {"max_new_tokens": 5, "top_k": 2},
-        {"max_new_tokens": 5, "no_repeat_ngram": 2},
-        {"max_new_tokens": 5, "best_of": 2},
-        {"max_new_tokens": 5, "num_beams": 2},
-    ):
-        for kind in (float, np.float32, np.int64):
-            other = {name: kind(value) for name, value in settings.items()}
-            expected = generate(model, tokenizer, "白", seed=1, **settings)
-            assert generate(model, tokenizer, "白", seed=np.int64(1), **other) == expected
-
-
 def test_a_text_tells_what_is_new_and_why_it_ended(tokenizer):
     a, b, c = tokenizer.encode("白日依")
     model = table_model(tokenizer, {tokenizer.BOS: a, a: b, b: c})
@@ -630,36 +549,3 @@ def test_arguments_of_another_kind_are_one_clear_line(tokenizer):
         (stream, (model, tokenizer, 3), "A prompt must be a text, got 3"),
     ):
         assert part in message_of(TypeError, function, *arguments)
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"), [("max_tokens", "max_new_tokens"), ("topp", "top_p"), ("stops", "stop"), ("beams", "num_beams")]
-)
-def test_a_near_miss_is_told(tokenizer, name, meant):
-    message = message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: 1})
-    assert f"There is no setting '{name}'. Did you mean {meant}?" in message
-
-
-def test_a_stop_string_within_a_forced_word_is_refused(tokenizer):
-    model = table_model(tokenizer, {})
-    message = message_of(ValueError, generate, model, tokenizer, forced=["白日"], stop="日")
-    assert message == "'白日' is forced and holds '日', at which the text stops."
-    for stop in ("", [""], [3], 3):
-        assert "stop must be" in message_of(ValueError, generate, model, tokenizer, stop=stop)
-
-
-@pytest.mark.parametrize("name", ["top_k", "no_repeat_ngram", "temperature", "best_of", "length_penalty", "seed"])
-def test_a_number_beyond_all_others_is_refused(tokenizer, name):
-    if name != "seed":
-        assert name in message_of(ValueError, generate, table_model(tokenizer, {}), tokenizer, **{name: 10**400})
-
-
-@pytest.mark.parametrize("function", [generate, lambda *args, **settings: "".join(stream(*args, **settings))])
-def test_stop_strings_may_come_from_an_iterator(tokenizer, function):
-    white, sun, hill = map(tokenizer.piece_id, "白日山")
-    model = table_model(tokenizer, {tokenizer.BOS: white, white: sun, sun: hill, hill: white})
-    settings = {"forced": ["白", "日"], "temperature": 0, "max_new_tokens": 9}
-    assert function(model, tokenizer, stop=iter(["龘", "山"]), **settings) == "白日"
-    for stop in ("日", ["龘", "日"]):
-        message = message_of(ValueError, function, model, tokenizer, stop=iter(stop), **settings)
-        assert message == "'日' is forced and holds '日', at which the text stops."

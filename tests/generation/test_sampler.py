@@ -4,14 +4,15 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import breaking_tokens, message_of, table_model
+from conftest import breaking_tokens, table_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aigc_tf import Tokenizer, generate, generate_batch
 from aigc_tf.generation import processors
 from aigc_tf.generation.batch import Batch
-from aigc_tf.generation.sampler import Sampler, check_settings
+from aigc_tf.generation.sampler import Sampler
+from aigc_tf.generation.settings import check_sampling
 from aigc_tf.runtime.backend import keras
 
 # Characters, a word, and pieces that begin or end amidst one.
@@ -26,7 +27,7 @@ def piece(word):
 
 
 def make(tokenizer=TOKENIZER, compiled=False, **settings):
-    return Sampler(tokenizer, check_settings(**settings), compiled)
+    return Sampler(tokenizer, check_sampling(**settings), compiled)
 
 
 def texts_of(prompts, written=()):
@@ -50,99 +51,6 @@ def only(text):
 
 def banned_pieces(logits):
     return {TOKENIZER.decode([i]) for i in np.flatnonzero(np.isneginf(logits)) if i > 258}
-
-
-@pytest.mark.parametrize(
-    ("settings", "rule", "received"),
-    [
-        ({"temperature": -1}, "temperature must be at least 0", "-1"),
-        ({"temperature": NAN}, "temperature must be at least 0", "nan"),
-        ({"temperature": INF}, "temperature must be at least 0", "inf"),
-        ({"temperature": "0.8"}, "temperature must be at least 0", "'0.8'"),
-        ({"temperature": None}, "temperature must be at least 0", "None"),
-        ({"top_k": 0}, "top_k must be a whole number of at least 1", "0"),
-        ({"top_k": 2.5}, "top_k must be a whole number of at least 1", "2.5"),
-        ({"top_k": "3"}, "top_k must be a whole number of at least 1", "'3'"),
-        ({"top_k": NAN}, "top_k must be a whole number of at least 1", "nan"),
-        ({"top_p": 0}, "top_p must be above 0 and at most 1", "0"),
-        ({"top_p": 1.01}, "top_p must be above 0 and at most 1", "1.01"),
-        ({"top_p": NAN}, "top_p must be above 0 and at most 1", "nan"),
-        ({"min_p": -0.1}, "min_p must be from 0 to 1", "-0.1"),
-        ({"min_p": 1.1}, "min_p must be from 0 to 1", "1.1"),
-        ({"typical_p": 0}, "typical_p must be above 0 and at most 1", "0"),
-        ({"typical_p": 2}, "typical_p must be above 0 and at most 1", "2"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0", "0"),
-        ({"repetition_penalty": -1}, "repetition_penalty must be above 0", "-1"),
-        ({"repetition_penalty": INF}, "repetition_penalty must be above 0", "inf"),
-        ({"repetition_penalty": None}, "repetition_penalty must be above 0", "None"),
-        ({"presence_penalty": NAN}, "presence_penalty must be a finite number", "nan"),
-        ({"presence_penalty": "1"}, "presence_penalty must be a finite number", "'1'"),
-        ({"frequency_penalty": -INF}, "frequency_penalty must be a finite number", "-inf"),
-        ({"frequency_penalty": None}, "frequency_penalty must be a finite number", "None"),
-        ({"no_repeat_ngram": 0}, "no_repeat_ngram must be a whole number of at least 1", "0"),
-        ({"no_repeat_ngram": 1.5}, "no_repeat_ngram must be a whole number of at least 1", "1.5"),
-        ({"exempt": "的"}, "exempt must be a list of words, none of them empty", "'的'"),
-        ({"exempt": [7]}, "exempt must be a list of words, none of them empty", "[7]"),
-        ({"banned": "白日"}, "banned must be a list of words, none of them empty", "'白日'"),
-        ({"banned": ["白", ""]}, "banned must be a list of words, none of them empty", "['白', '']"),
-        ({"banned": [b"ab"]}, "banned must be a list of words, none of them empty", "[b'ab']"),
-        ({"forced": "白日"}, "forced must be a list of words, none of them empty", "'白日'"),
-        ({"forced": [""]}, "forced must be a list of words, none of them empty", "['']"),
-        ({"forced": ["山白日"], "banned": ["依", "白日"]}, "'山白日' is forced and holds '白日', which is banned", ""),
-        ({"logit_bias": {"白日": 1}}, "logit_bias takes single tokens, and '白日' is 2", ""),
-        ({"logit_bias": {"": 1}}, "logit_bias takes single tokens, and '' is 0", ""),
-        ({"logit_bias": {"龘": 1}}, "logit_bias takes single tokens, and '龘' is 3", ""),
-        ({"logit_bias": {V: 1}}, f"Ids of this vocabulary run from 0 to {V - 1}", f"{V} in logit_bias"),
-        ({"logit_bias": {-1: 1}}, f"Ids of this vocabulary run from 0 to {V - 1}", "-1 in logit_bias"),
-        ({"logit_bias": {"白": NAN}}, "logit_bias must be a number or minus infinity ('白')", "nan"),
-        ({"logit_bias": {7: INF}}, "logit_bias must be a number or minus infinity (7)", "inf"),
-        ({"logit_bias": dict.fromkeys(range(V), -INF)}, "leave no token to choose, not even the end", ""),
-        ({"temprature": 1, "k": 2}, "Settings of sampling are temperature, top_k, top_p", "k, temprature"),
-    ],
-)
-def test_settings_that_mean_nothing_are_said(settings, rule, received):
-    message = message_of(ValueError, make, **settings)
-    assert rule in message
-    assert not received or f"got {received}" in message
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "received"),
-    [
-        ("exempt", None, "None"),
-        ("banned", 5, "5"),
-        ("forced", 0.5, "0.5"),
-        ("logit_bias", None, "None"),
-        ("logit_bias", ["白"], "['白']"),
-        ("logit_bias", {"白": "1.5"}, "1.5"),
-        ("logit_bias", {"白": None}, "None"),
-        ("logit_bias", {1.5: 1}, "1.5"),
-        ("logit_bias", {None: 1}, "None"),
-        ("logit_bias", {"白": 1e39}, "1e+39"),  # infinite in float32
-    ],
-)
-def test_settings_of_another_kind_are_said_too(name, value, received):
-    message = message_of(ValueError, make, **{name: value})
-    assert name in message
-    assert received in message.rpartition("got ")[2]
-
-
-def test_bounds_are_in():
-    for settings in (
-        {"temperature": 0},
-        {"top_k": 1},
-        {"top_k": 10**6},
-        {"top_k": None, "top_p": None, "min_p": None, "typical_p": None, "no_repeat_ngram": None},
-        {"top_p": 1, "min_p": 0, "typical_p": 1},
-        {"min_p": 1},
-        {"repetition_penalty": 0.1, "presence_penalty": -2, "frequency_penalty": 0.0},
-        {"no_repeat_ngram": 1},
-        {"banned": (), "forced": [], "exempt": set(), "logit_bias": {}},
-        {"banned": {"白": 1}, "forced": ("日",), "exempt": frozenset("的")},
-        {"logit_bias": {"白": -INF, 0: 0, np.int64(7): np.float32(1)}},
-    ):
-        probabilities = np.full((1, V), 1 / V, np.float32)
-        assert 0 <= make(**settings).sample(np.log(probabilities), np.array([0.5]))[0] < V
 
 
 def test_words_of_an_iterator_are_not_lost():
@@ -514,10 +422,3 @@ def test_no_n_gram_comes_twice_but_exempt_ones():
         grams = set().union(*(repeated(text, n) for text in exempt))
         assert grams
         assert all(gram.endswith("，") for gram in grams)
-
-
-@pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"])
-def test_settings_that_float32_cannot_add_up_are_refused(name):
-    assert "1000000" in message_of(ValueError, check_settings, **{name: 1e39})
-    bias = {"白": 3.4e38, TOKENIZER.encode("白")[0]: 3.4e38}
-    assert "adds up to infinity" in message_of(ValueError, make, logit_bias=bias)

@@ -2,7 +2,7 @@
 
 from ...models.graph import LstmWeights, TransformerWeights
 from ...runtime.numba_tools import numba_is_usable, numba_problem
-from ..sampler import Settings
+from ..settings import Settings
 from .engine import model_weights
 
 ENGINES = ("auto", "numba", "numpy", "device", "model")

@@ -22,7 +22,8 @@ from ...models.graph import LstmWeights, TransformerWeights
 from ...runtime.backend import keras, xla_jit
 from .. import processors
 from ..batch import Noise
-from ..sampler import NOT_FINITE, Sampler, Settings
+from ..sampler import NOT_FINITE, Sampler
+from ..settings import Settings
 
 ops = keras.ops
 

@@ -15,11 +15,12 @@ from aigc_tf.generation.engines import choose, device_loop
 from aigc_tf.generation.engines.engine import make_engine
 from aigc_tf.generation.engines.weight_cache import model_weights
 from aigc_tf.generation.processors import log_softmax
-from aigc_tf.generation.sampler import Sampler, check_settings
+from aigc_tf.generation.sampler import Sampler
+from aigc_tf.generation.settings import check_sampling
 from aigc_tf.runtime import numba_tools
 
-PLAIN = check_settings()
-BANNED = check_settings(banned=["黄河"])
+PLAIN = check_sampling()
+BANNED = check_sampling(banned=["黄河"])
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +212,7 @@ def test_a_trained_model_predicts_as_well_by_each_engine(trained, tokenizer, doc
 @pytest.mark.parametrize("engine", ["numba", "numpy", "device"])
 def test_a_trained_model_predicts_as_well_beyond_its_context(build, trained, tokenizer, engine):
     num_tokens, nats, over = 3 * CONTEXT, np.zeros(1), np.zeros(1, bool)
-    sampler = Sampler(tokenizer, check_settings(temperature=1.0, top_p=None, logit_bias={tokenizer.EOS: -np.inf}))
+    sampler = Sampler(tokenizer, check_sampling(temperature=1.0, top_p=None, logit_bias={tokenizer.EOS: -np.inf}))
     if engine == "device":
         weights, prompts = model_weights(trained), [[tokenizer.BOS]]
         written = device_loop.steps(weights, sampler, prompts, Noise([0]), num_tokens, over, log_probabilities=nats)

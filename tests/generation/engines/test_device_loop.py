@@ -12,7 +12,8 @@ from aigc_tf.generation import writer
 from aigc_tf.generation.batch import Batch, Noise
 from aigc_tf.generation.engines import device_loop
 from aigc_tf.generation.engines.engine import make_engine, model_weights
-from aigc_tf.generation.sampler import Sampler, check_settings
+from aigc_tf.generation.sampler import Sampler
+from aigc_tf.generation.settings import check_sampling
 from aigc_tf.runtime.backend import keras, tf
 
 T, STEPS = 12, 30
@@ -58,7 +59,7 @@ def sampler(tokenizer):
 
     def make(**settings):
         settings = settings or {"temperature": 0, "logit_bias": {tokenizer.EOS: -np.inf}}
-        return Sampler(tokenizer, check_settings(**settings))
+        return Sampler(tokenizer, check_sampling(**settings))
 
     return make
 
@@ -229,7 +230,7 @@ def test_how_many_texts_are_written_at_once_is_a_matter_of_the_memory_in_use(tra
     monkeypatch.setattr(writer, "machine_bytes", lambda: 1e6)
     monkeypatch.setattr(writer, "available_bytes", lambda: 1e9)
     at_once = [
-        writer.Writer(tokenizer, engine, transformer, check_settings(), 9, ()).num_texts_at_once(1)
+        writer.Writer(tokenizer, engine, transformer, check_sampling(), 9, ()).num_texts_at_once(1)
         for engine in ("numpy", "device")
     ]
     assert at_once[1] == pytest.approx(1000 * at_once[0], rel=0.1)

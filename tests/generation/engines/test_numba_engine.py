@@ -147,11 +147,12 @@ def test_at_a_temperature_near_0_the_likeliest_comes(temperature):
     code = f"""
 import numpy as np
 from aigc_tf import Tokenizer
-from aigc_tf.generation.sampler import Sampler, check_settings
+from aigc_tf.generation.sampler import Sampler
+from aigc_tf.generation.settings import check_sampling
 tokenizer = Tokenizer.train(["白日"])
 logits = np.random.default_rng(0).normal(size=(20, tokenizer.vocab_size)).astype(np.float32)
 for compiled in (False, True):
-    sampler = Sampler(tokenizer, check_settings(temperature={temperature}), compiled)
+    sampler = Sampler(tokenizer, check_sampling(temperature={temperature}), compiled)
     assert (sampler.sample(logits, np.linspace(0, 0.99, 20)) == logits.argmax(-1)).all(), compiled
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
