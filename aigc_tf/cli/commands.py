@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..runtime.files import not_utf8, read_text
+from ..runtime.files import not_utf8_error, read_text
 from .parser import make_parser
 
 _CORPUS = "corpus:"
@@ -108,11 +108,11 @@ def _train(options) -> None:
 def _read_settings(file: Path) -> dict:
     """Read the settings of a run from its run.json, or from a JSON file of settings alone."""
     from ..runs.search_space import check_settings
-    from ..runtime.files import from_json
+    from ..runtime.files import parse_json
 
     text = read_text(file)
     try:
-        content = from_json(text)
+        content = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{file} must be JSON, but: {error}.") from None
     settings = content.get("settings", content) if isinstance(content, dict) else content
@@ -289,7 +289,7 @@ def _read_prompts(file: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise not_utf8("standard input", data, data[error.start], error.start) from None
+        raise not_utf8_error("standard input", data, data[error.start], error.start) from None
 
 
 def _name_unseen(tokenizer, prompts: list[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..runtime.files import beside, from_json, rename, write_json
+from ..runtime.files import parse_json, rename, temporary_path, write_json
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # a store needs NumPy alone
@@ -52,7 +52,7 @@ def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, proces
     if path.exists():
         raise FileExistsError(f"{path} exists already. Name another folder, or delete it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with beside(path) as folder:
+    with temporary_path(path) as folder:
         folder.mkdir()
         digest, num_tokens, num_documents = hashlib.sha256(), 0, 0
         with open(folder / _TOKENS, "wb") as file:
@@ -95,7 +95,7 @@ def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
     if not (path / _MANIFEST).is_file():
         raise FileNotFoundError(f"{path} is no token store: it has no {_MANIFEST}. Make one with make_store.")
     try:
-        manifest = from_json((path / _MANIFEST).read_text("utf-8"))
+        manifest = parse_json((path / _MANIFEST).read_text("utf-8"))
         if any(manifest.get(key) != value for key, value in _FORMAT.items()):
             raise ValueError(f"it must say {_FORMAT}")
         dtype, num_tokens, made_with = (manifest[key] for key in ("dtype", "tokens", "tokenizer"))

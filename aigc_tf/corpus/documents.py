@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..runtime.files import not_utf8
+from ..runtime.files import not_utf8_error
 from .cleaning import clean
 
 _SUFFIXES = (".txt", ".jsonl")
@@ -191,7 +191,7 @@ def _check_utf8(file: Path) -> None:
             except UnicodeDecodeError as error:
                 # What is decoded begins with the bytes that the block before left incomplete.
                 place = offset + len(block) - len(error.object) + error.start
-                raise not_utf8(file, start, error.object[error.start], place) from None
+                raise not_utf8_error(file, start, error.object[error.start], place) from None
             offset += len(block)
             if not block:
                 return

@@ -23,7 +23,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from ..runtime.files import shipped_file, write_beside
+from ..runtime.files import atomic_write, shipped_file
 from .cleaning import clean
 from .documents import load_documents
 
@@ -131,7 +131,7 @@ def _wheel(package: str, version: str, sha256: str) -> bytes:
     # Where nothing can be kept, the next call fetches it again.
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with write_beside(kept) as temporary:
+        with atomic_write(kept) as temporary:
             temporary.write_bytes(wheel)
     return wheel
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.cores import usable_cores
-from ..runtime.files import from_json, write_json
+from ..runtime.files import parse_json, write_json
 from ..runtime.keras_internals import gives_by_name, takes_by_name
 from .cleaning import check_documents
 from .parallel import map_chunks
@@ -235,7 +235,7 @@ class Tokenizer:
             ValueError: the file is no tokenizer of this version.
         """
         try:
-            state = from_json(Path(path).read_text("utf-8"))
+            state = parse_json(Path(path).read_text("utf-8"))
             if any(state.get(key) != value for key, value in _FORMAT.items()):
                 raise ValueError(f"it must say {_FORMAT}")
             for name in ("pieces", "user_dict"):

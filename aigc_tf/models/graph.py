@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..runtime.files import from_json
+from ..runtime.files import parse_json
 
 # What may be set in a layer that `models/networks.py` makes, by its class: all that makes a difference to its results.
 _SETTINGS = {
@@ -253,7 +253,7 @@ def _opened(path) -> Iterator:
             with zipfile.ZipFile(opened) as archive:
                 if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                     raise ValueError("it is compressed, which Keras never does")
-                config = from_json(archive.read("config.json")).get("config", {})
+                config = parse_json(archive.read("config.json")).get("config", {})
                 with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
                     yield config, file
         except MemoryError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from .. import __version__
 from ..corpus.tokenizer import Tokenizer, check_vocabulary
 from ..models.graph import LstmWeights, TransformerWeights, check_file, read_file
-from ..runtime.files import beside, from_json, rename, sync, write_json
+from ..runtime.files import parse_json, rename, sync, temporary_path, write_json
 from ..runtime.keras_internals import is_its_graph
 
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
@@ -67,7 +67,7 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         return
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    with beside(path / _SAVING) as folder:
+    with temporary_path(path / _SAVING) as folder:
         folder.mkdir()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy keyword")
@@ -112,7 +112,7 @@ def _with_record(run: dict, record: dict) -> dict:
         raise ValueError(f"{_RUN} tells {', '.join(_OF_SAVE)} itself, got {', '.join(taken)}. Name it otherwise.")
     run = {**run, **record}
     try:
-        _check_run(from_json(json.dumps(run, ensure_ascii=False).encode()))
+        _check_run(parse_json(json.dumps(run, ensure_ascii=False).encode()))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{_RUN} cannot hold what was given: {error}.") from None
     return run
@@ -252,7 +252,7 @@ def read_run(path) -> dict:
         )
         raise FileNotFoundError(f"{path} is no run folder: there is no {file}. {way}.")
     try:
-        run = from_json(file.read_text("utf-8"))
+        run = parse_json(file.read_text("utf-8"))
         _check_run(run)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} cannot be read by this version: {error}.") from None

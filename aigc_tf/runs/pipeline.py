@@ -19,7 +19,7 @@ from ..generation.generate import generate
 from ..models.initialisation import initialise
 from ..models.networks import build
 from ..runtime.distribution import is_first_host, known_precision, num_hosts, num_replicas
-from ..runtime.files import beside, holding, locked, rename
+from ..runtime.files import hold_lock, locked, rename, temporary_path
 from ..training.checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
 from ..training.optimizer import check_optimization
 from ..training.train import train
@@ -262,13 +262,13 @@ def _encode(documents: list[str], unit: str, vocab_size: int | None, user_dict, 
     with contextlib.suppress(FileNotFoundError, ValueError):  # there is none yet, or it is damaged
         return opened()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with holding(folder.with_name(f".{folder.name}.lock"), wait=True):  # until another run has encoded the same text
+    with hold_lock(folder.with_name(f".{folder.name}.lock"), wait=True):  # until another run has encoded the same text
         try:
             return opened()
         except (FileNotFoundError, ValueError):
             if folder.exists():
                 shutil.rmtree(folder)
-        with beside(folder) as new:
+        with temporary_path(folder) as new:
             new.mkdir()
             tokenizer = trained()
             make_store(documents, tokenizer, new / "tokens", processes)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..corpus.cleaning import documents_sha256
 from ..corpus.dataset import as_seed
 from ..runtime.backend import tf
-from ..runtime.files import from_json, locked, write_json
+from ..runtime.files import locked, parse_json, write_json
 from .folder import read_run
 from .pipeline import run_pipeline
 from .search_space import TYPES, check_space
@@ -286,7 +286,7 @@ def _read_records(folder: Path, search: dict, space: dict) -> list[dict]:
         write_json(file, {**search, "trials": []})
     damaged = ValueError(f"{file} is damaged. Name another folder.")
     try:
-        found = from_json(file.read_text("utf-8"))
+        found = parse_json(file.read_text("utf-8"))
         records = found["trials"]
         # json.dumps, as the order of the settings and of the choices decides what the seed proposes
         differs = [name for name in search if json.dumps(found.get(name)) != json.dumps(search[name])]

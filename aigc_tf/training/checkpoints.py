@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.files import beside, rename
+from ..runtime.files import rename, temporary_path
 
 CHECKPOINTS = "checkpoints"  # the folder, in that of a run
 _FORMAT = {"format": "aigc_tf checkpoint", "version": 1}
@@ -52,7 +52,7 @@ def write_checkpoint(folder, step: int, arrays: dict[str, list[np.ndarray]], rec
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**_FORMAT, "numbers": {kind: len(values) for kind, values in arrays.items()}, **record})
     entries = {f"{kind}-{i}": values[i] for kind, values in arrays.items() for i in range(len(values))}
-    with beside(folder / "step.npz") as unfinished:
+    with temporary_path(folder / "step.npz") as unfinished:
         with open(unfinished, "wb") as file:
             np.savez(file, **{_RECORD: np.frombuffer(text.encode(), np.uint8)}, **entries)
             file.flush()

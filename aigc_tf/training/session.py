@@ -15,7 +15,7 @@ from ..evaluation.bits import VALIDATION_TOKENS, evaluate_scorer, sample_documen
 from ..generation.show import in_notebook
 from ..runtime.backend import keras, tf
 from ..runtime.distribution import hosts_are_to_stop, is_first_host, num_hosts
-from ..runtime.files import write_beside
+from ..runtime.files import atomic_write
 from .checkpoints import CHECKPOINTS, read_newest, require_same, write_checkpoint
 
 # A checkpoint by the minute takes at most this share of the time: one that took long is followed by a longer wait.
@@ -244,7 +244,7 @@ class Session(keras.callbacks.Callback):
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows([list(self.history), *zip(*self.history.values(), strict=True)])
         log = self.run_dir / "log.csv"
-        with self._told_what_is_kept("the log", log), write_beside(log) as temporary:
+        with self._told_what_is_kept("the log", log), atomic_write(log) as temporary:
             temporary.write_text(text.getvalue(), "utf-8")
 
     def _check_is_number(self, name: str, value: float) -> None:

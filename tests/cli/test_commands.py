@@ -138,7 +138,7 @@ def test_a_folder_where_a_training_goes_on_is_refused_by_name(corpus, tmp_path, 
         thread = threading.Thread(target=train)
         thread.start()
         thread.join()
-    assert f"A training is going on in this folder (process {os.getpid()} on " in errors[0]
+    assert f"A training is running in this folder (process {os.getpid()} on " in errors[0]
     assert str(out) in errors[0]
 
 

@@ -150,7 +150,7 @@ def test_of_two_runs_one_encodes_and_the_other_waits_for_it(documents, tmp_path,
 
 
 def test_a_store_without_locks_is_that_of_who_was_sooner(documents, tmp_path, monkeypatch):
-    monkeypatch.setattr("aigc_tf.runs.pipeline.holding", lambda lock, wait: contextlib.nullcontext())
+    monkeypatch.setattr("aigc_tf.runs.pipeline.hold_lock", lambda lock, wait: contextlib.nullcontext())
     train, of_others = aigc_tf.Tokenizer.train, []
 
     def train_while_another_does(*args, **kwargs):

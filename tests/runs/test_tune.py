@@ -300,7 +300,7 @@ def test_trials_encode_the_same_text_once(documents, tmp_path, monkeypatch):
 def test_one_search_at_a_time_in_a_folder(documents, tmp_path):
     with ThreadPoolExecutor(1) as other, locked(tmp_path / "search"):
         search = other.submit(tune, documents, tmp_path / "search", RATES, trials=1, progress=False, **SMALL)
-        assert "A training is going on in this folder" in message_of(BlockingIOError, search.result)
+        assert "A training is running in this folder" in message_of(BlockingIOError, search.result)
 
 
 def test_a_space_is_read_from_a_command_line():

@@ -13,49 +13,61 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from aigc_tf.runtime.files import locked, read_text, shipped_file, write_beside, write_json
+from aigc_tf.runtime.files import atomic_write, locked, read_text, shipped_file, write_json
+
+NOT_ROOT = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 
 
-def test_write_beside_replaces_on_success(tmp_path):
+def test_atomic_write_replaces_on_success(tmp_path):
     target = tmp_path / "a.txt"
     target.write_text("旧", "utf-8")
-    with write_beside(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text("新", "utf-8")
         assert target.read_text("utf-8") == "旧"
     assert target.read_text("utf-8") == "新"
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_write_beside_stays_in_the_folder_and_keeps_the_suffix(tmp_path):
-    with write_beside(tmp_path / "model.keras") as temporary:
+def test_atomic_write_stays_in_the_folder_and_keeps_the_suffix(tmp_path):
+    with atomic_write(tmp_path / "model.keras") as temporary:
         assert temporary.parent == tmp_path
         assert temporary.suffix == ".keras"
         temporary.write_text("", "utf-8")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_write_beside_leaves_nothing_on_failure(tmp_path, error):
-    with pytest.raises(error), write_beside(tmp_path / "a.txt") as temporary:
+def test_atomic_write_leaves_nothing_on_failure(tmp_path, error):
+    with pytest.raises(error), atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("half", "utf-8")
         raise error
     assert list(tmp_path.iterdir()) == []
 
 
-def test_write_beside_fails_cleanly_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="^too early$"), write_beside(tmp_path / "a.txt"):
+def test_atomic_write_fails_cleanly_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="^too early$"), atomic_write(tmp_path / "a.txt"):
         raise ValueError("too early")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_write_beside_keeps_the_old_target_on_failure(tmp_path, error):
+def test_atomic_write_keeps_the_old_target_on_failure(tmp_path, error):
     target = tmp_path / "a.txt"
     target.write_text("旧", "utf-8")
-    with pytest.raises(error), write_beside(target) as temporary:
+    with pytest.raises(error), atomic_write(target) as temporary:
         temporary.write_text("half", "utf-8")
         raise error
     assert target.read_text("utf-8") == "旧"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, pytest.param(PermissionError, marks=NOT_ROOT)])
+def test_an_error_names_the_file_that_was_asked_for(tmp_path, error):
+    target = tmp_path / "folder" / "a.json"
+    if error is PermissionError:
+        target.parent.mkdir(mode=0o500)
+    with pytest.raises(error) as caught:
+        write_json(target, {})
+    assert caught.value.filename == str(target)
 
 
 def test_write_json_is_readable_and_read_back_equal(tmp_path):
@@ -87,7 +99,7 @@ def test_shipped_files_are_there():
 
 def test_two_threads_that_write_one_file_leave_it_whole(tmp_path):
     target = tmp_path / "a.txt"
-    with write_beside(target) as one, write_beside(target) as two:
+    with atomic_write(target) as one, atomic_write(target) as two:
         assert one != two
         one.write_text("一", "utf-8")
         two.write_text("二", "utf-8")
@@ -115,7 +127,7 @@ def test_a_folder_is_locked_for_others_and_not_for_its_owner(tmp_path):
     with locked(folder):
         try_to_lock()
         assert errors.pop() is None
-        assert f"A training is going on in this folder (process {os.getpid()} on " in in_another_thread()
+        assert f"A training is running in this folder (process {os.getpid()} on " in in_another_thread()
     assert not (tmp_path / "runs").exists()  # what was made for the lock alone
     assert in_another_thread() is None
     with locked(folder):
@@ -126,8 +138,8 @@ def test_a_folder_is_locked_for_others_and_not_for_its_owner(tmp_path):
 WRITE = """
 import sys, time
 from pathlib import Path
-from aigc_tf.runtime.files import beside
-with beside(Path(sys.argv[1], "model.keras")) as file, beside(Path(sys.argv[1], ".saving")) as folder:
+from aigc_tf.runtime.files import temporary_path
+with temporary_path(Path(sys.argv[1], "model.keras")) as file, temporary_path(Path(sys.argv[1], ".saving")) as folder:
     file.touch()
     folder.mkdir()
     (folder / "run.json").touch()
@@ -155,7 +167,7 @@ def test_what_others_write_is_deleted_when_they_are_killed_and_not_before(tmp_pa
 
 
 def test_what_another_thread_writes_stays(tmp_path):
-    with write_beside(tmp_path / "a.txt") as temporary:
+    with atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("春", "utf-8")
         with ThreadPoolExecutor(1) as other:
             other.submit(write_json, tmp_path / "b.json", {}).result()
@@ -226,8 +238,8 @@ def test_the_lock_of_a_killed_process_is_free_again(tmp_path):
 def test_a_fork_does_not_delete_what_its_parent_writes(tmp_path):
     code = (
         "import os, sys\n"
-        "from aigc_tf.runtime.files import write_beside\n"
-        "with write_beside(sys.argv[1] + '/a.txt') as temporary:\n"
+        "from aigc_tf.runtime.files import atomic_write\n"
+        "with atomic_write(sys.argv[1] + '/a.txt') as temporary:\n"
         "    temporary.touch()\n"
         "    if os.fork() == 0: sys.exit()\n"  # leaves the block of its parent
         "    os.wait()\n"
@@ -259,6 +271,6 @@ def test_the_folder_is_on_the_disk_too(tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)), fsync(fd)))
-    with write_beside(tmp_path / "a.txt") as temporary:
+    with atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("")
     assert synced == [False, True]

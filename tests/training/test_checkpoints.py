@@ -249,7 +249,7 @@ def test_a_log_that_cannot_be_written_says_so(build, documents, tokenizer, tmp_p
     def fail(path):
         raise OSError(28, "No space left on device", ".1-log.csv")
 
-    monkeypatch.setattr("aigc_tf.training.session.write_beside", fail)
+    monkeypatch.setattr("aigc_tf.training.session.atomic_write", fail)
     with pytest.raises(OSError, match="the log of step 0 cannot be written. There is none before it. Make room") as e:
         run(build, documents, tokenizer, tmp_path)
     assert e.value.filename == str(tmp_path / "log.csv")
