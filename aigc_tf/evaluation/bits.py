@@ -10,8 +10,8 @@ from ..corpus.dataset import count_tokens, make_store, sample_tokens
 from ..corpus.tokenizer import Tokenizer, check_vocabulary
 from ..generation.engines.engine import make_engine
 from ..generation.processors import log_softmax
-from ..models.graph import LstmWeights, TransformerWeights
 from ..models.ngram import Ngram, estimate
+from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.backend import keras
 from ..runtime.distribution import predict
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..corpus.tokenizer import Tokenizer, check_vocabulary
-from ..models.graph import LstmWeights, TransformerWeights
 from ..models.ngram import Ngram
+from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.backend import keras
 from ..runtime.distribution import predict
 from .bits import batches, weights_nats

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from ..models.graph import LstmWeights, TransformerWeights
+from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.hardware import available_bytes, machine_bytes
 from .banned_words import begins
 from .batch import Batch, Noise, log_probabilities

@@ -1,22 +1,18 @@
-"""Weights: those of a model that `models/networks.py` builds, as arrays, told by the graph and not by its name.
+"""Graphs: recognising a model that `models/networks.py` builds by its graph, and reading its weights as arrays.
 
-The graph is walked from the logits backwards, as it stands in the model's configuration, so that a file can be read
-without Keras. Whatever is set in it must be what is set in ours: a setting that is not known here must be off.
+The graph is walked from the logits backwards, as the model's configuration describes it, so that a file can be read
+without Keras. Every setting must be the one that `models/networks.py` uses; settings unknown here must be off.
 """
 
 import contextlib
-import dataclasses
-import io
 import re
-import zipfile
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 
-from ..runtime.files import parse_json
+from .weights import Block, LstmWeights, TransformerWeights
 
-# What may be set in a layer that `models/networks.py` makes, by its class: all that makes a difference to its results.
+# The settings that affect the results of a layer, by its class, as `models/networks.py` sets them.
 _SETTINGS = {
     "InputLayer": {"dtype": "int32"},
     "OnesLike": {"dtype": None},
@@ -33,81 +29,13 @@ _SETTINGS = {
     "MultiHeadAttention": {"use_bias": True, "attention_axes": [1], "use_causal_mask": True},
     "LSTM": {"return_sequences": True, "activation": "tanh", "recurrent_activation": "sigmoid", "use_bias": True},
 }
-# What makes none where a model writes, and the sizes, which are those of the weights.
-_INDIFFERENT = re.compile(
+# Settings that do not affect inference, and sizes, which the shapes of the weights show.
+_IGNORED = re.compile(
     "name|trainable|seed|rate|noise_shape|dropout|recurrent_dropout|unit_forget_bias|unroll|zero_output_for_mask"
     "|(.*_)?(initializer|regularizer|constraint)"
     "|batch_shape|input_dim|output_dim|units|num_heads|key_dim|value_dim"
 )
 _FLOATS = ("float64", "float32", "float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
-
-
-class Block(NamedTuple):
-    """The weights of a Transformer's block; matrices are (inputs, outputs), norms (2, D): scale and offset."""
-
-    attention_norm: np.ndarray
-    attention: np.ndarray  # (D, 3 D): query, key and value
-    attention_bias: np.ndarray
-    output: np.ndarray
-    output_bias: np.ndarray
-    mlp_norm: np.ndarray
-    expand: np.ndarray
-    expand_bias: np.ndarray
-    project: np.ndarray
-    project_bias: np.ndarray
-
-
-@dataclasses.dataclass(eq=False)
-class TransformerWeights:
-    """The weights of a Transformer."""
-
-    token_embedding: np.ndarray
-    position_embedding: np.ndarray
-    blocks: list[Block]
-    final_norm: np.ndarray
-    num_heads: int
-    name = "transformer"
-
-    @property
-    def input_shape(self) -> tuple[None, int]:
-        """As of the model."""
-        return None, len(self.position_embedding)
-
-    @property
-    def output_shape(self) -> tuple[None, None, int]:
-        """As of the model."""
-        return None, None, len(self.token_embedding)
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the matrices that each token is multiplied with."""
-        return self.token_embedding.size + sum(array.size for block in self.blocks for array in block)
-
-
-@dataclasses.dataclass(eq=False)
-class LstmWeights:
-    """The weights of an LSTM; a layer is a matrix from input and state to its gates, as Keras orders them: i f c o."""
-
-    token_embedding: np.ndarray
-    layers: list[tuple[np.ndarray, np.ndarray]]  # (inputs + D, 4 D) and its bias
-    head: list[tuple[np.ndarray, np.ndarray]]  # dense layers up to the logits
-    context: int | None = None  # of the model; the state has no limit
-    name = "lstm"
-
-    @property
-    def input_shape(self) -> tuple[None, int | None]:
-        """As of the model."""
-        return None, self.context
-
-    @property
-    def output_shape(self) -> tuple[None, None, int]:
-        """As of the model."""
-        return None, None, len(self.head[-1][1])
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the matrices that each token is multiplied with."""
-        return sum(matrix.size for matrix, _ in (*self.layers, *self.head))
 
 
 class _OtherGraphError(Exception):
@@ -124,7 +52,7 @@ class _Graph:
         self.layers = {layer["name"]: layer for layer in config["layers"]}
 
     def step(self, tensor: list, class_name: str, **expected) -> tuple[str, list]:
-        """Return the name and the inputs of the layer that made a tensor, dropout passed over."""
+        """Return the name and the inputs of the layer that made a tensor, skipping dropout."""
         name, node, of_several = tensor
         layer = self.layers[name]
         if layer["class_name"] == "Dropout" and class_name != "Dropout":
@@ -150,10 +78,10 @@ def _check_settings(settings: dict, expected: dict) -> None:
         value = settings.get(key)
         if key in ("dtype", "reverse_dtype") and key not in expected:
             policy = value["config"]["name"] if isinstance(value, dict) else value
-            is_plain = not isinstance(value, dict) or value["class_name"] == "DTypePolicy"  # not one of integers
+            is_plain = not isinstance(value, dict) or value["class_name"] == "DTypePolicy"  # not a quantised one
             fits = is_plain and policy in (None, *_FLOATS)
-        else:  # what an earlier version of Keras does not know yet is off there
-            fits = _INDIFFERENT.fullmatch(key) or (value or None) == (expected.get(key) or None)
+        else:  # a setting missing in the file of an earlier Keras is off
+            fits = _IGNORED.fullmatch(key) or (value or None) == (expected.get(key) or None)
         if not fits:
             raise _OtherGraphError
 
@@ -162,11 +90,11 @@ def read_weights(config: dict, layer_weights: Callable[[str], list]) -> Transfor
     """Read the weights of a model that `models/networks.py` builds.
 
     Args:
-        config: the configuration of the functional model, as JSON has it: `json.loads(json.dumps(model.get_config()))`.
-        layer_weights: from the name of a layer to its weights.
+        config: the configuration of the functional model in JSON types: `json.loads(json.dumps(model.get_config()))`.
+        layer_weights: returns the weights of a layer, given its name.
 
     Returns:
-        The weights, float32, or None if the graph is another.
+        The weights, float32, or None if the graph differs.
     """
 
     def weights(name, *shapes):
@@ -184,94 +112,8 @@ def read_weights(config: dict, layer_weights: Callable[[str], list]) -> Transfor
         with contextlib.suppress(_OtherGraphError, ValueError):
             return _read_transformer(graph, logits, weights)
         return _read_lstm(graph, logits, weights)
-    except Exception:  # whatever stands in another model's configuration: it is none of ours
+    except Exception:  # an unknown configuration can fail anywhere: not such a model
         return None
-
-
-def read_file(path) -> TransformerWeights | LstmWeights | None:
-    """Read the weights of a model that `models/networks.py` built from its file, without loading Keras.
-
-    Args:
-        path: a `.keras` file.
-
-    Returns:
-        The weights, float32, or None if the graph is another, or the file is laid out in another way.
-
-    Raises:
-        ValueError: it is no model file, or damaged.
-    """
-    with _opened(path) as (config, file):
-
-        def layer_weights(name):
-            of_name = [group for group in file["layers"].values() if group["vars"].attrs["name"] == name]
-            return _arrays(*of_name)
-
-        return read_weights(config, layer_weights)
-
-
-def check_file(path) -> None:
-    """Refuse a model file that would make its reader read other files, or take more memory than its own size.
-
-    Args:
-        path: a `.keras` file, of any model.
-
-    Raises:
-        ValueError: it is damaged, holds links or data that lie elsewhere, or is compressed.
-    """
-    import h5py
-
-    def link(name, link):  # a visit ends with the first result
-        return None if isinstance(link, h5py.HardLink) else name
-
-    def elsewhere(name, item):
-        is_whole = not isinstance(item, h5py.Dataset) or not (
-            item.shape is None  # an empty one, as HDF5 calls it
-            or item.external
-            or item.is_virtual
-            or item.id.get_storage_size() < item.size * item.dtype.itemsize
-        )
-        return None if is_whole else name
-
-    with _opened(path) as (_, file):
-        if (name := file.visititems_links(link)) is not None:  # which follows none of them
-            raise ValueError(f"{name!r} in it is a link to elsewhere")
-        if (name := file.visititems(elsewhere)) is not None:
-            raise ValueError(f"its data {name!r} is not stored in it as it is")
-
-
-@contextlib.contextmanager
-def _opened(path) -> Iterator:
-    """Open a `.keras` file: its configuration, and its weights as a file of HDF5, of which nothing is read yet.
-
-    Whatever goes wrong with what stands in it is a `ValueError`: the readers of archives and of HDF5 have errors of
-    many kinds for files that are damaged.
-    """
-    import h5py  # Keras brings it
-
-    with open(path, "rb") as opened:
-        try:
-            with zipfile.ZipFile(opened) as archive:
-                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                    raise ValueError("it is compressed, which Keras never does")
-                config = parse_json(archive.read("config.json")).get("config", {})
-                with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
-                    yield config, file
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise ValueError(f"{path} is refused: {str(error) or type(error).__name__}.") from None
-
-
-_SUBLAYERS = ("cell", "query_dense", "key_dense", "value_dense", "output_dense")
-
-
-def _arrays(group) -> list:
-    """Return the arrays of a layer's group in the file, in the order of `get_weights`."""
-    arrays = [group["vars"][key] for key in sorted(group["vars"])]
-    for name in _SUBLAYERS:
-        if name in group:
-            arrays += _arrays(group[name])
-    return arrays
 
 
 def _read_transformer(graph: _Graph, logits, weights) -> TransformerWeights:

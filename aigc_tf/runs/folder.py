@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .. import __version__
 from ..corpus.tokenizer import Tokenizer, check_vocabulary
-from ..models.graph import LstmWeights, TransformerWeights, check_file, read_file
+from ..models.keras_file import check_keras_file, read_keras_file
+from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.files import parse_json, rename, sync, temporary_path, write_json
 from ..runtime.keras_internals import is_its_graph
 
@@ -188,7 +189,7 @@ def load_writer(path):
 
 
 def _load_writer(path: Path):
-    weights = read_file(_file(path, _MODEL))
+    weights = read_keras_file(_file(path, _MODEL))
     return (weights, Tokenizer.load(_file(path, _TOKENIZER))) if weights else _load(path)
 
 
@@ -228,7 +229,7 @@ def _check_folder(path: Path) -> None:
             raise FileNotFoundError(f"The run folder {path} lacks its {name}.")
         if _sha256(_file(path, name)) != expected[name]:
             raise ValueError(f"{path / name} is not the file that {_RUN} tells of: damaged, or of another run.")
-    check_file(_file(path, _MODEL))
+    check_keras_file(_file(path, _MODEL))
 
 
 def read_run(path) -> dict:

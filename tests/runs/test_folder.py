@@ -28,7 +28,7 @@ from aigc_tf import (
     surprisal_html,
     train,
 )
-from aigc_tf.models.graph import LstmWeights, TransformerWeights
+from aigc_tf.models.weights import LstmWeights, TransformerWeights
 from aigc_tf.runs.folder import add_to_run
 from aigc_tf.runtime.backend import keras
 

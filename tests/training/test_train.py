@@ -9,7 +9,7 @@ import pytest
 from aigc_tf import Tokenizer, evaluate, make_dataset, train
 from aigc_tf.evaluation.bits import sample_documents
 from aigc_tf.generation.engines.engine import model_weights
-from aigc_tf.models.graph import LstmWeights, TransformerWeights
+from aigc_tf.models.weights import LstmWeights, TransformerWeights
 from aigc_tf.runtime.backend import keras
 from aigc_tf.training.checkpoints import list_checkpoints
 from aigc_tf.training.optimizer import WarmupStableDecay, adamw

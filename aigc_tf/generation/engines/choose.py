@@ -1,6 +1,6 @@
 """Engines: the ways to compute a text, which one is taken, and why one that is asked for cannot be."""
 
-from ...models.graph import LstmWeights, TransformerWeights
+from ...models.weights import LstmWeights, TransformerWeights
 from ...runtime.numba_tools import numba_is_usable, numba_problem
 from ..settings import Settings
 from .engine import model_weights

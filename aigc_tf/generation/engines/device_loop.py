@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...models.graph import LstmWeights, TransformerWeights
+from ...models.weights import LstmWeights, TransformerWeights
 from ...runtime.backend import keras, xla_jit
 from .. import processors
 from ..batch import Noise

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...models.graph import LstmWeights
+from ...models.weights import LstmWeights
 from .model_engine import model_engine
 from .numpy_engine import last_of_each_row, numpy_engine
 from .weight_cache import model_weights

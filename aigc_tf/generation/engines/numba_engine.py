@@ -8,7 +8,7 @@ import weakref
 import numba
 import numpy as np
 
-from ...models.graph import LstmWeights, TransformerWeights
+from ...models.weights import LstmWeights, TransformerWeights
 from ...runtime.cores import usable_cores
 from ...runtime.numba_jit import numba_jit
 from ...runtime.numba_tools import numba_problem, one_at_a_time

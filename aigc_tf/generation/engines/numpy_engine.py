@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ...models.graph import LstmWeights, TransformerWeights
+from ...models.weights import LstmWeights, TransformerWeights
 
 
 def numpy_engine(weights: TransformerWeights | LstmWeights, num_rows: int):

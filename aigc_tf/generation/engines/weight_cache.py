@@ -8,7 +8,8 @@ import weakref
 
 import numpy as np
 
-from ...models.graph import LstmWeights, TransformerWeights, read_weights
+from ...models.graph import read_weights
+from ...models.weights import LstmWeights, TransformerWeights
 from ...runtime.keras_internals import is_its_graph
 from .numpy_engine import numpy_engine
 

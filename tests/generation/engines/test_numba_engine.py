@@ -11,7 +11,7 @@ from aigc_tf.generation import processors
 from aigc_tf.generation.engines import numba_engine, numba_sampling
 from aigc_tf.generation.engines.engine import make_engine
 from aigc_tf.models import networks
-from aigc_tf.models.graph import Block, LstmWeights, TransformerWeights
+from aigc_tf.models.weights import Block, LstmWeights, TransformerWeights
 
 SETTINGS = {
     "top_k": (1, 2, 5, 50, 300),
