@@ -10,7 +10,7 @@ from ..corpus.dataset import count_tokens, make_store, sample_tokens
 from ..corpus.tokenizer import Tokenizer, check_vocabulary
 from ..generation.engines.engine import make_engine
 from ..generation.processors import log_softmax
-from ..models.ngram import Ngram, estimate
+from ..models.ngram import Ngram, kneser_ney_from_ids
 from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.backend import keras
 from ..runtime.distribution import predict
@@ -194,7 +194,7 @@ def baselines(
         )
     is_store = isinstance(train_documents, np.ndarray)
     ids = train_documents if is_store else make_store(train_documents, tokenizer)
-    ngram = estimate(sample_tokens(ids, _BASELINE_TOKENS), tokenizer.vocab_size, _BASELINE_ORDER)
+    ngram = kneser_ney_from_ids(sample_tokens(ids, _BASELINE_TOKENS), tokenizer.vocab_size, _BASELINE_ORDER)
     valid_counts, ngram_nats = _ngram_nats(ngram, tokenizer, valid_documents)
     train_counts = count_tokens(ids, tokenizer.vocab_size)
     train_counts[tokenizer.BOS] = 0

@@ -48,7 +48,7 @@ def kneser_ney(documents: Iterable[str], tokenizer: Tokenizer, order: int = 5) -
     encoded = list(tokenizer.encode_documents(documents))
     if not encoded:
         raise ValueError("An n-gram model needs at least one document to count in, got none.")
-    return estimate(np.concatenate(encoded), tokenizer.vocab_size, order)
+    return kneser_ney_from_ids(np.concatenate(encoded), tokenizer.vocab_size, order)
 
 
 class Ngram:
@@ -158,7 +158,9 @@ class Ngram:
         return ids
 
 
-def estimate(ids: np.ndarray, vocab_size: int, order: int, discounts: Sequence[Sequence[float]] | None = None) -> Ngram:
+def kneser_ney_from_ids(
+    ids: np.ndarray, vocab_size: int, order: int, discounts: Sequence[Sequence[float]] | None = None
+) -> Ngram:
     """Do what `kneser_ney` does, given the ids of all documents in one row, each framed by begin and end.
 
     Discounts may be given instead of estimated: for each length of gram, what to take from counts of 1, of 2,

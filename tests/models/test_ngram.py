@@ -7,7 +7,7 @@ from conftest import message_of
 from nltk.lm import KneserNeyInterpolated
 
 from aigc_tf import Tokenizer, evaluate, generate, generate_batch, split, stream
-from aigc_tf.models.ngram import _discounts, estimate, kneser_ney
+from aigc_tf.models.ngram import _discounts, kneser_ney, kneser_ney_from_ids
 
 PAD, BOS, EOS = Tokenizer.PAD, Tokenizer.BOS, Tokenizer.EOS
 ORDERS = (1, 2, 3, 4, 5)
@@ -134,7 +134,7 @@ def test_a_slow_model_straight_from_the_definition_agrees(order, seed):
         gram = (*context, i)
         return (counts.get(gram, 0) - taken.get(gram, 0) + sum(taken.values()) * below) / sum(counts.values())
 
-    model = estimate(np.concatenate(sequences), vocab_size, order, discounts)
+    model = kneser_ney_from_ids(np.concatenate(sequences), vocab_size, order, discounts)
     for ids in [*sequences, [BOS, 8, 3, 8, 4, 4, 4, 3, 5, EOS]]:
         expected = [
             [probability(tuple(context), i) for i in range(EOS, vocab_size)] for context in contexts_of(ids, order)
@@ -155,7 +155,7 @@ def test_nltk_gives_the_same(order):
     ]
     theirs.fit([grams], [gram[-1] for gram in grams] + [str(BOS)])
     # nltk's lowest order is not interpolated, which a discount of 0 makes ours.
-    ours = estimate(np.concatenate(sequences), 8, order, [(0,) * 3] + [(discount,) * 3] * (order - 1))
+    ours = kneser_ney_from_ids(np.concatenate(sequences), 8, order, [(0,) * 3] + [(discount,) * 3] * (order - 1))
     compared = 0
     for ids in [*sequences, [3, 3, 3, 4, 4, 5, 6, 7, 7, 3, EOS]]:
         for t in range(order - 1, len(ids)):
