@@ -148,8 +148,9 @@ def _documents(options) -> list[str]:
 def _estimate(options) -> None:
     from ..corpus.cleaning import split
     from ..corpus.tokenizer import Tokenizer
-    from ..runs.estimate import describe, estimate, memory_warning
+    from ..runs.estimate import estimate, memory_warning
     from ..runs.pipeline import usual_steps
+    from ..runs.tables import estimate_table
 
     train_documents, valid_documents = split(_documents(options), options.valid_fraction)
     tokenizer = Tokenizer.train(train_documents, options.unit, options.vocab_size)
@@ -168,14 +169,15 @@ def _estimate(options) -> None:
     figures = estimate(options.model, options.size, **settings, seconds=options.seconds, watts=options.watts)
     passes = steps * tokens_per_step / num_tokens["train_tokens"]
     print(f"{num_tokens['train_tokens']:,} tokens to learn from, seen {passes:.3g} times in {steps:,} steps")
-    print(describe(figures))
+    print(estimate_table(figures))
     if "hours" in figures and "watts" not in figures:
         print("energy: unknown, as this system does not tell its power; give it with --watts")
 
 
 def _tune(options) -> None:
     from ..runs.search_space import DEFAULT_SPACE, parse_space
-    from ..runs.tune import describe_trials, tune
+    from ..runs.trials import trials_table
+    from ..runs.tune import tune
 
     space, fixed = parse_space(options.set)
     space = space or {name: values for name, values in DEFAULT_SPACE.items() if name not in fixed}
@@ -191,7 +193,7 @@ def _tune(options) -> None:
         minutes=options.minutes,
         **{"seed": options.seed, **fixed},
     )
-    print(describe_trials(trials))
+    print(trials_table(trials))
     print(f"the best is kept in {folder / 'best'}; write with it: aigc-tf generate {folder / 'best'} ...")
 
 
@@ -205,7 +207,7 @@ def _evaluate(options) -> None:
     from ..corpus.cleaning import split
     from ..evaluation.bits import evaluate
     from ..runs.folder import load, read_run
-    from ..runs.pipeline import describe_figure
+    from ..runs.tables import figure_line
 
     run = read_run(options.folder)
     documents = _documents(options)
@@ -217,7 +219,7 @@ def _evaluate(options) -> None:
         print(json.dumps(figures))
         return
     for name, value in figures.items():
-        print(describe_figure(name, value))
+        print(figure_line(name, value))
 
 
 _PUNCTUATION = "，。、；：？！“”‘’（）《》…—\n"
@@ -302,14 +304,13 @@ def _name_unseen(tokenizer, prompts: list[str]) -> None:
 def _info(options) -> None:
     from ..generation.show import as_json, printable
     from ..runs.folder import read_run, versions
-    from ..runs.tables import lines_of
+    from ..runs.tables import run_table
 
     told = read_run(options.folder) if options.folder else versions()
     if options.json:
         print(as_json(told, indent=1))
         return
-    for line in lines_of(told):
-        print(printable(line.encode("utf-8", "backslashreplace").decode()))
+    print(printable(run_table(told).encode("utf-8", "backslashreplace").decode()))
 
 
 def _in_a_folder(run: Callable[[Path], None], name: str | None, default: str, is_unfinished) -> Path:

@@ -14,7 +14,6 @@ from ..runtime.distribution import known_precision, predict
 from ..runtime.hardware import available_bytes, gpu_watts, process_bytes, processor_joules
 from ..training.fast.fast_training import fast_training
 from ..training.train import check_candidates, compile_model, phases, usual_candidates
-from .tables import duration, number, scaled
 
 # What `initialise` and `baselines` take for each token that they count, measured with 21 MB of text, and of how many
 # tokens they do.
@@ -195,49 +194,6 @@ def memory_warning(model: str = "transformer", size: str = "tiny", *, batch_size
         if _fits(estimate(**given)):
             return f"{problem}. It would fit with {words}."
     return f"{problem}. No smaller batch, context or size of this vocabulary fits: use a machine with more memory."
-
-
-def _bytes(value: float) -> str:
-    return f"{scaled(value)}B"
-
-
-# The figures in words, and how they are written.
-_TABLE = {
-    "parameters": ("parameters", number),
-    "forward_flops_per_token": ("forward pass, per token", lambda n: f"{scaled(n)}FLOPs"),
-    "train_flops_per_token": ("training, per token", lambda n: f"{scaled(n)}FLOPs"),
-    "train_flops": ("whole training", lambda n: f"{scaled(n)}FLOPs"),
-    "weights_bytes": ("weights", _bytes),
-    "gradients_bytes": ("gradients", _bytes),
-    "optimizer_bytes": ("optimizer", _bytes),
-    "activations_bytes": ("activations", _bytes),
-    "overhead_bytes": ("temporary arrays and graph", _bytes),
-    "runtime_bytes": ("this process before training", _bytes),
-    "peak_memory_bytes": ("peak memory", _bytes),
-    "generation_bytes_per_text": ("generation, per text", _bytes),
-    "available_memory_bytes": ("free memory", _bytes),
-    "num_candidates": ("tokens in the softmax", lambda n: number(n) if n else "all"),
-    "step_seconds": ("time per step", duration),
-    "tokens_per_second": ("speed", lambda n: f"{n:,.0f} tokens/s"),
-    "validation_hours": ("validation time", lambda hours: duration(3600 * hours)),
-    "hours": ("total time", lambda hours: duration(3600 * hours)),
-    "watts": ("power", lambda watts: f"{scaled(watts)}W"),
-    "kilowatt_hours": ("energy", lambda kilowatt_hours: f"{scaled(1000 * kilowatt_hours)}Wh"),
-}
-
-
-def describe(figures: dict[str, float]) -> str:
-    """Write the figures of `estimate` as lines of a table, in words and in units that can be read.
-
-    Example:
-        >>> print(describe({"parameters": 1_110_400.0, "weights_bytes": 4.44e6, "hours": 0.05, "watts": 65.0}))
-        parameters                           1,110,400
-        weights                                4.44 MB
-        total time                               3 min
-        power                                     65 W
-    """
-    rows = ((_TABLE[name], value) for name, value in figures.items())
-    return "\n".join(f"{label:30}{write(value):>16}" for (label, write), value in rows)
 
 
 # Of the next two, activations and temporaries are those that TensorFlow was seen to hold at the peak of a training step

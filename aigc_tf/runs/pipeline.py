@@ -25,7 +25,7 @@ from ..training.optimizer import check_optimization
 from ..training.train import train
 from .estimate import memory_warning
 from .folder import add_to_run, has_run, save
-from .tables import in_words, number
+from .tables import figure_line, in_words
 
 _PASSES, _LEAST_STEPS, _MOST_STEPS = 9, 500, 10_000
 _OF_A_TRAINING = {CHECKPOINTS, "log.csv", "tensorboard"}
@@ -206,10 +206,10 @@ def run_pipeline(
         figures = {**evaluate(language_model, tokenizer, measured), "steps_done": steps_done}
         simpler = baselines(tokenizer, ids, measured)
         for name, value in figures.items():
-            show(describe_figure(name, value))
+            show(figure_line(name, value))
         show("bits per character of simpler models")
         for name, value in simpler.items():
-            show(describe_figure(f"  {in_words(name)}", value))
+            show(figure_line(f"  {in_words(name)}", value))
 
         # 6. predict
         sample = generate(language_model, tokenizer, max_new_tokens=context, seed=seed)
@@ -302,11 +302,6 @@ SETTINGS = {
     for name, parameter in inspect.signature(run_pipeline).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY and name not in _NOT_OF_THE_RESULT
 }
-
-
-def describe_figure(name: str, value: float) -> str:
-    """Write one figure as a line of a table, its name in words."""
-    return f"{in_words(name):32}{number(value):>14}"
 
 
 def _show_nothing(line: str) -> None: ...

@@ -1,10 +1,10 @@
-"""Search space: which settings tune() searches, and over which values."""
+"""Search space: the settings that tune() searches, and their values."""
 
 import math
 
 from .pipeline import SETTINGS
 
-# What `aigc-tf tune` searches when it is told nothing else.
+# What `aigc-tf tune` searches by default.
 DEFAULT_SPACE = {
     "model": ["transformer", "lstm"],
     "learning_rate": (1e-3, 1e-2),
@@ -15,19 +15,21 @@ DEFAULT_SPACE = {
 
 TYPES = {name: int if default is None else type(default) for name, default in SETTINGS.items()}
 TYPES |= {"user_dict": str, "stopwords": str}
+# Settings that have an effect with one value of another alone.
+_ONLY_FOR = {"num_heads": ("model", "transformer"), "user_dict": ("unit", "word")}
 
 
 def parse_space(texts: list[str]) -> tuple[dict[str, list | tuple], dict]:
-    """Read what to search and what to keep fixed from a command line.
+    """Parse what to search and what to keep fixed from a command line.
 
     Args:
-        texts: one `name=value` a setting: `low..high` is a range, `a,b,c` a choice, a single value is fixed.
+        texts: one `name=value` per setting: `low..high` is a range, `a,b,c` a choice, a single value is fixed.
 
     Returns:
         The space and the fixed settings, as `tune` takes them.
 
     Raises:
-        ValueError: a text is not of that form, names no setting, or its value has the wrong type.
+        ValueError: a text does not have that form, names no setting, or its value has the wrong type.
 
     Example:
         >>> parse_space(["learning_rate=1e-3..1e-2", "model=transformer,lstm", "steps=300"])
@@ -37,11 +39,11 @@ def parse_space(texts: list[str]) -> tuple[dict[str, list | tuple], dict]:
     for text in texts:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not (name and equals and value):
-            raise ValueError(f"{text!r} must be name=value, such as steps=300 or learning_rate=1e-3..1e-2.")
+            raise ValueError(f"{text!r} must be name=values, such as steps=300 or learning_rate=1e-3..1e-2.")
         _check_name(name)
         if name in space or name in fixed:
-            raise ValueError(f"{name} must be named once, got it again in {text!r}.")
-        # Two dots are part of file names such as ../words.txt, of which there are no ranges.
+            raise ValueError(f"{name} must be given once, got it again in {text!r}.")
+        # Text has no ranges: two dots are part of file names such as ../words.txt.
         if ".." in value and TYPES[name] is not str:
             ends = value.split("..")
             if len(ends) != 2:
@@ -71,27 +73,29 @@ def _check_name(name: str) -> None:
 
 
 def check_settings(settings: dict) -> dict:
-    """Refuse what is no setting of `run_pipeline` or has not its type, and return the others; None is the default."""
+    """Return settings of `run_pipeline` without those that are None, the default; refuse other names and types."""
     checked = {}
     for name, value in settings.items():
         _check_name(name)
         if isinstance(value, list) and name == "user_dict" and all(isinstance(line, str) for line in value):
-            checked[name] = value  # its lines
+            checked[name] = value  # the lines of a dictionary
         elif value is not None:
             checked[name] = _typed(name, value)
     return checked
 
 
 def check_space(space: dict, fixed: dict) -> dict:
-    """Refuse a space that cannot be searched, and return it with each value in its setting's type."""
+    """Return a space with each value in the type of its setting; refuse one that cannot be searched."""
     for name in (*space, *fixed):
         _check_name(name)
     if not space:
-        raise ValueError("There is nothing to search: give at least one setting a list or a range.")
+        raise ValueError("There is nothing to search: give a list or a range for at least one setting.")
     if both := set(space) & set(fixed):
-        raise ValueError(f"{min(both)} is both searched and fixed. Give it once.")
+        raise ValueError(f"{min(both)} is both searched and fixed. Give it only once.")
     if "valid_fraction" in space:
-        raise ValueError("valid_fraction must be fixed: figures on different held-out documents cannot be compared.")
+        raise ValueError(
+            "valid_fraction cannot be searched: figures on different held-out documents cannot be compared. Fix it."
+        )
     checked = {}
     for name, values in space.items():
         if isinstance(values, list):
@@ -106,6 +110,23 @@ def check_space(space: dict, fixed: dict) -> dict:
             ranges = "" if TYPES[name] is str else " or a tuple (low, high)"
             raise ValueError(f"What to search for {name} must be a list{ranges}, got {values!r}.")
     return checked
+
+
+def allows(space: dict, name: str, value) -> bool:
+    """Check whether a space holds a value of a setting, in that setting's type."""
+    if type(value) is not TYPES[name] and not (TYPES[name] is float and type(value) is int):
+        return False
+    if isinstance(space[name], list):
+        return value in space[name]
+    low, high = space[name]
+    # What is proposed at an end may lie beyond it by a rounding error.
+    return low <= value <= high or math.isclose(value, low) or math.isclose(value, high)
+
+
+def without_unused(settings: dict, fixed: dict | None = None) -> dict:
+    """Add fixed settings to those of a trial, and leave out those without an effect: an LSTM has no attention heads."""
+    unused = {name for name, (other, only) in _ONLY_FOR.items() if settings.get(other, only) != only}
+    return {name: value for name, value in {**(fixed or {}), **settings}.items() if name not in unused}
 
 
 def _typed(name: str, value):

@@ -1,4 +1,4 @@
-"""Tables: names, figures and settings as a reader has them, in words, with units and no more digits than matter."""
+"""Tables: figures and settings as text, with names in words, units, and no more digits than matter."""
 
 import math
 
@@ -25,7 +25,7 @@ def in_words(name: str) -> str:
 
 
 def number(value: float) -> str:
-    """Write a number: a whole one as it is, another to four digits after the point, or that count.
+    """Write a number: an integer in full, another to four decimals, or below 1 to four significant digits.
 
     Example:
         >>> number(22084.0), number(7.251795), number(0.0040012345)
@@ -39,7 +39,7 @@ def number(value: float) -> str:
 
 
 def scaled(value: float) -> str:
-    """Write a number to three digits, with the prefix of a unit to follow.
+    """Write a number to three significant digits, with the metric prefix of a unit that follows.
 
     Example:
         >>> scaled(4_440_000) + "B"
@@ -64,20 +64,68 @@ def duration(seconds: float) -> str:
     return f"{float(f'{seconds / 86400:.3g}'):,.12g} days"
 
 
-def lines_of(told: dict) -> list[str]:
-    """Write what a run folder tells as the lines of a table; what belongs together is indented."""
+def figure_line(name: str, value: float) -> str:
+    """Write one figure as a line of a table, with its name in words."""
+    return f"{in_words(name):32}{number(value):>14}"
+
+
+def _bytes(value: float) -> str:
+    return f"{scaled(value)}B"
+
+
+# What the figures of `estimate` are called, and how their values are written.
+_ESTIMATE = {
+    "parameters": ("parameters", number),
+    "forward_flops_per_token": ("forward pass, per token", lambda n: f"{scaled(n)}FLOPs"),
+    "train_flops_per_token": ("training, per token", lambda n: f"{scaled(n)}FLOPs"),
+    "train_flops": ("whole training", lambda n: f"{scaled(n)}FLOPs"),
+    "weights_bytes": ("weights", _bytes),
+    "gradients_bytes": ("gradients", _bytes),
+    "optimizer_bytes": ("optimizer", _bytes),
+    "activations_bytes": ("activations", _bytes),
+    "overhead_bytes": ("temporary arrays and graph", _bytes),
+    "runtime_bytes": ("this process before training", _bytes),
+    "peak_memory_bytes": ("peak memory", _bytes),
+    "generation_bytes_per_text": ("generation, per text", _bytes),
+    "available_memory_bytes": ("free memory", _bytes),
+    "num_candidates": ("tokens in the softmax", lambda n: number(n) if n else "all"),
+    "step_seconds": ("time per step", duration),
+    "tokens_per_second": ("speed", lambda n: f"{n:,.0f} tokens/s"),
+    "validation_hours": ("validation time", lambda hours: duration(3600 * hours)),
+    "hours": ("total time", lambda hours: duration(3600 * hours)),
+    "watts": ("power", lambda watts: f"{scaled(watts)}W"),
+    "kilowatt_hours": ("energy", lambda kilowatt_hours: f"{scaled(1000 * kilowatt_hours)}Wh"),
+}
+
+
+def estimate_table(figures: dict[str, float]) -> str:
+    """Write the figures of `estimate` as a table, with names in words and readable units.
+
+    Example:
+        >>> print(estimate_table({"parameters": 1_110_400.0, "weights_bytes": 4.44e6, "hours": 0.05, "watts": 65.0}))
+        parameters                           1,110,400
+        weights                                4.44 MB
+        total time                               3 min
+        power                                     65 W
+    """
+    rows = ((_ESTIMATE[name], value) for name, value in figures.items())
+    return "\n".join(f"{label:30}{write(value):>16}" for (label, write), value in rows)
+
+
+def run_table(run: dict) -> str:
+    """Write the content of a `run.json` as a table, with an indented block for each group."""
     lines = []
-    for name, value in told.items():
+    for name, value in run.items():
         if isinstance(value, dict):
             lines.append(_label(name))
             lines += [_line(f"  {_label(key)}", _shown(one, name == "settings")) for key, one in value.items()]
         else:
             lines.append(_line(_label(name), _shown(value, True)))
-    return lines
+    return "\n".join(lines)
 
 
 def _label(name: str) -> str:
-    return in_words(name).replace("\n", " ")  # or one in a stranger's folder might pass for the lines of another
+    return in_words(name).replace("\n", " ")  # or a name in a downloaded folder could pass for other lines
 
 
 def _line(name: str, text: str) -> str:
@@ -85,7 +133,7 @@ def _line(name: str, text: str) -> str:
 
 
 def _shown(value, is_setting: bool) -> str:
-    """Write a value; settings as they can be typed again."""
+    """Write a value; a setting so that it can be typed again."""
     if value is None:
         return "default" if is_setting else "none"
     if isinstance(value, bool):
