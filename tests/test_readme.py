@@ -14,6 +14,13 @@ from aigc_tf.cli.parser import make_parser
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 CHINESE = (ROOT / "README.zh.md").read_text("utf-8")
+PAGES = [f"{folder}README{language}.md" for folder in ("", "notebooks/", "benchmarks/") for language in ("", ".zh")]
+ARTICLE = tuple((ROOT / "notebooks" / name).read_text("utf-8") for name in ("README.md", "README.zh.md"))
+BENCHMARKS = tuple((ROOT / "benchmarks" / name).read_text("utf-8") for name in ("README.md", "README.zh.md"))
+FIGURES = tuple(
+    text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    for text, title in zip(BENCHMARKS, ("Figures", "数字"), strict=True)
+)
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -29,6 +36,16 @@ def code(block: str) -> str:
     return re.sub(r"  +#.*", "", block)
 
 
+def files_drawn(picture: str) -> list[str]:
+    """The files that the picture of the package names, in its order."""
+    plain = re.sub(r"^ *\w+/|[(（].*?[)）]", "", picture, flags=re.M)
+    return re.findall(r"(?<=  )[a-z_]+(?=  |$)", re.sub(r" +$", "", plain, flags=re.M), re.M)
+
+
+def commands(text: str) -> list[str]:
+    return re.findall(r"`((?:python benchmarks/|time aigc-tf|aigc-tf )[^`]+)`", text)
+
+
 def numbers(cell: str) -> list[float]:
     """The numbers in a cell, each written in one way: 3.16 亿 and 316 million are one."""
     units = {"million": 1e6, "万": 1e4, "亿": 1e8, "": 1.0}
@@ -36,27 +53,54 @@ def numbers(cell: str) -> list[float]:
     return sorted(round(float(number.replace(",", "")) * units[unit], 6) for number, unit in found)
 
 
-def test_both_languages_have_the_same_code_commands_and_figures():
+def test_both_languages_have_the_same_code_and_commands():
     assert "[中文](README.zh.md)" in README
     assert "[English](README.md)" in CHINESE
     for language in ("python", "bash"):
         assert [code(block) for block in blocks(language, CHINESE)] == [code(block) for block in blocks(language)]
-    (promised, pipeline), (also_promised, also_pipeline) = blocks("text"), blocks("text", CHINESE)
+    (pipeline, promised), (also_pipeline, also_promised) = blocks("text"), blocks("text", CHINESE)
     assert promised == also_promised
-    assert re.findall(r"\w+\.py", pipeline) == re.findall(r"\w+\.py", also_pipeline)
-    assert len(rows(README)) == len(rows(CHINESE)) > 40
-    for english, chinese in zip(rows(README), rows(CHINESE), strict=True):
-        assert re.findall("`[^`]+`", english[-1]) == re.findall("`[^`]+`", chinese[-1]), english
-        if english[0].isdigit():  # the section of the article
-            assert english[0] == chinese[0], english
-        else:
-            assert numbers(english[1]) == numbers(chinese[1]), english
+    assert files_drawn(pipeline) == files_drawn(also_pipeline)
+
+
+@pytest.mark.parametrize("pair", [(README, CHINESE), FIGURES], ids=["README", "benchmarks"])
+def test_both_languages_have_the_same_figures(pair):
+    english, chinese = pair
+    assert len(commands(english)) > 3
+    assert commands(english) == commands(chinese)
+    assert len(rows(english)) == len(rows(chinese)) > 10
+    for row, also_row in zip(rows(english), rows(chinese), strict=True):
+        assert [numbers(cell) for cell in row[1:]] == [numbers(cell) for cell in also_row[1:]], row
+        assert numbers(row[0]) == numbers(also_row[0]), row
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
+    results = README.split("\n## Results\n")[1].split("\n## ")[0]
+    measured = set(numbers(FIGURES[0]))
+    for row in rows(results)[2:]:
+        assert set(numbers(row[1])) <= measured, row
+
+
+def test_both_languages_have_the_same_table_of_the_article():
+    for row, also_row in zip(*map(rows, ARTICLE), strict=True):
+        assert row[0] == also_row[0] or not row[0].isdigit()
+        assert re.findall("`[^`]+`", row[-1]) == re.findall("`[^`]+`", also_row[-1]), row
 
 
 def test_the_table_goes_through_all_sections_of_the_article():
-    sections = [row[0] for row in rows(README) if row[0].isdigit()]
+    sections = [row[0] for row in rows(ARTICLE[0]) if row[0].isdigit()]
+    assert len(sections) > 25
     assert sections == sorted(sections)
     assert set(sections) == set("123456")
+
+
+@pytest.mark.slow
+def test_the_five_lines_train_a_model_that_writes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    assert printed.getvalue().splitlines()[-2].startswith("春风")
+    assert (tmp_path / "runs" / "spring" / "run.json").exists()
 
 
 @pytest.mark.slow
@@ -64,13 +108,13 @@ def test_the_python_example_prints_what_the_readme_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     shutil.copy(ROOT / "data" / "tang_quatrains.txt", tmp_path / "data")
-    (code, ways_to_write), (promised,) = blocks("python"), blocks("text")[:1]
+    _, code, ways_to_write = blocks("python")
+    promised = blocks("text")[1].splitlines()
     names = {}
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(compile(code, "README.md", "exec"), names)
     # What makes it faster depends on what is installed.
     printed = [line for line in printed.getvalue().splitlines() if not line.startswith("trains with ")]
-    promised = promised.splitlines()
     assert [line.split("  ")[0] for line in printed[:2]] == [line.split("  ")[0] for line in promised[:2]]
     # As the demo's after more steps, most texts have learnt the form.
     texts = generate_batch(names["model"], names["tokenizer"], [""] * 50, max_new_tokens=36, seed=0)
@@ -86,6 +130,20 @@ def test_the_python_example_prints_what_the_readme_says(tmp_path, monkeypatch):
     assert len({*names["texts"], "春风"}) == 4
 
 
+def test_the_poem_of_the_readme_is_a_quatrain():
+    (poem,) = re.findall(r"^> (.*)<br>\n> (.*)$", README, re.M)
+    assert is_quatrain("\n".join(poem))
+    assert re.findall(r"^> (.*)<br>\n> (.*)$", CHINESE, re.M) == [poem]
+
+
+def test_the_picture_says_what_the_readme_says_of_it():
+    picture = (ROOT / "notebooks" / "surprisal.svg").read_text("utf-8")
+    assert len(picture) < 60_000
+    for bits in re.findall(r"([\d.]+) bits per character", picture):
+        assert bits in README
+        assert bits in CHINESE
+
+
 def test_every_command_of_the_readme_is_one():
     commands = [line for block in blocks("bash") for line in re.findall(r"aigc-tf [^#\n]+", block)]
     (shown,) = (action.choices for action in make_parser()._subparsers._group_actions)
@@ -94,8 +152,10 @@ def test_every_command_of_the_readme_is_one():
         make_parser().parse_args(shlex.split(command)[1:])
 
 
-def test_every_measurement_of_the_readme_can_be_asked_of_its_script():
-    for command in set(re.findall(r"`python (benchmarks/[^`]+)`", README)):
+def test_every_measurement_can_be_asked_of_its_script():
+    asked = {command for text in (README, *BENCHMARKS) for command in re.findall(r"`python (benchmarks/[^`]+)`", text)}
+    assert len(asked) > 10
+    for command in asked:
         script, *words = shlex.split(command)
         source = (ROOT / script).read_text("utf-8") + (ROOT / "benchmarks" / "turns.py").read_text("utf-8")
         for word in words:
@@ -117,23 +177,39 @@ def test_nothing_is_installed_by_the_name_of_this_package():
             assert not any(re.search(r'aigc[_-]tf|"\{', packages) for packages in asked), (path.name, line)
 
 
-def test_every_file_that_the_readme_names_exists():
-    names = set(re.findall(r"\b[\w/]+(?:\.zh)?\.(?:py|md|txt|svg|ipynb)\b|aigc_tf/LICENSE|benchmarks/[\w.]+", README))
-    assert len(names) > 12
-    for name in names - {"README.md"}:
-        assert any((ROOT / folder / name).exists() for folder in (".", "aigc_tf")), name
+@pytest.mark.parametrize("path", PAGES)
+def test_every_file_that_is_named_exists(path):
+    text = (ROOT / path).read_text("utf-8")
+    names = set(re.findall(r"(?<![\w/.])(?:\.\./)?[\w/]+(?:\.zh)?\.(?:py|md|txt|svg|ipynb)\b|aigc_tf/LICENSE", text))
+    assert len(names) > 5
+    folders = (ROOT, ROOT / "aigc_tf", (ROOT / path).parent, ROOT / "benchmarks")
+    for name in names:
+        assert any((folder / name).exists() for folder in folders), name
 
 
-def test_every_folder_of_the_package_is_drawn_in_both_languages():
-    drawn = [{path.name for path in (ROOT / "aigc_tf").glob("*/") if (path / "__init__.py").exists()}]
+@pytest.mark.parametrize("path", PAGES)
+def test_every_link_leads_somewhere(path):
+    text = (ROOT / path).read_text("utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert links
+    for link in links:
+        target, _, anchor = link.partition("#")
+        file = (ROOT / path).parent / target if target else ROOT / path
+        assert file.exists(), link
+        titles = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}, (
+            link
+        )
+
+
+def test_the_picture_of_the_package_has_all_its_folders_and_only_files_that_exist():
+    folders = {path.parent.name for path in (ROOT / "aigc_tf").glob("*/__init__.py")}
+    files = {path.stem for path in (ROOT / "aigc_tf").rglob("*.py")}
     for readme in (README, CHINESE):
-        (picture,) = (block for block in re.findall(r"```text\n(.*?)```", readme, re.S) if block.startswith("aigc_tf/"))
-        drawn.append(set(re.findall(r"^  (\w+)/", picture, re.M)))
-        files = {path.stem for path in (ROOT / "aigc_tf").rglob("*.py")}
-        for line in picture.splitlines()[1:]:
-            names = re.findall(r"(?<=  )[a-z_]+(?=  |$| \(|（)", re.sub(r"^ {2,4}\w+/|[(（].*?[)）]", "", line))
-            assert set(names) <= files, line
-    assert drawn[0] == drawn[1] == drawn[2]
+        picture = blocks("text", readme)[0]
+        assert set(re.findall(r"^  (\w+)/", picture, re.M)) == folders
+        assert len(files_drawn(picture)) > 30
+        assert set(files_drawn(picture)) <= files
 
 
 def test_the_package_says_its_version_once():
