@@ -15,9 +15,10 @@ import importlib
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "corpus.cleaning": ("clean", "split"),
+    "corpus.cleaning": ("clean",),
     "corpus.documents": ("iter_documents", "load_documents"),
-    "corpus.named": ("load_corpus",),
+    "corpus.corpora": ("load_corpus",),
+    "corpus.splitting": ("split",),
     "corpus.segmentation": ("keywords", "load_stopwords", "load_user_dict", "remove_stopwords", "segment"),
     "corpus.tokenizer": ("Tokenizer",),
     "runtime.distribution": ("use_devices",),

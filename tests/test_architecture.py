@@ -91,6 +91,20 @@ def test_text_and_tokens_load_no_tensorflow():
     run_python(code)
 
 
+def test_jieba_is_loaded_when_words_are_cut(tmp_path):
+    (tmp_path / "a.txt").write_text("春眠不觉晓\n\n处处闻啼鸟", "utf-8")
+    code = (
+        "import sys, aigc_tf\n"
+        f"documents = aigc_tf.load_documents({str(tmp_path)!r}); aigc_tf.split(documents); aigc_tf.load_stopwords()\n"
+        "tokenizer = aigc_tf.Tokenizer.train(documents); aigc_tf.make_store(documents, tokenizer)\n"
+        "words = aigc_tf.Tokenizer(['春眠'], unit='word')\n"
+        "assert not {'jieba', 'rjieba'} & set(sys.modules)\n"
+        "words.encode('春眠')\n"
+        "assert {'jieba', 'rjieba'} & set(sys.modules)"
+    )
+    run_python(code)
+
+
 def test_a_normal_run_writes_no_log_lines():
     code = (
         "import aigc_tf; t = aigc_tf.Tokenizer.train(['春眠不觉晓'], unit='word')\n"

@@ -129,8 +129,8 @@ def _documents(options) -> list[str]:
     """Load the files and the named corpora of a command."""
     import warnings
 
+    from ..corpus.corpora import load_corpus
     from ..corpus.documents import load_documents
-    from ..corpus.named import load_corpus
     from ..generation.show import printable
 
     files = [path for path in options.paths if not path.startswith(_CORPUS)]
@@ -146,7 +146,7 @@ def _documents(options) -> list[str]:
 
 
 def _estimate(options) -> None:
-    from ..corpus.cleaning import split
+    from ..corpus.splitting import split
     from ..corpus.tokenizer import Tokenizer
     from ..runs.estimate import estimate, memory_warning
     from ..runs.pipeline import usual_steps
@@ -204,7 +204,7 @@ def _pipeline_settings(options) -> dict:
 
 
 def _evaluate(options) -> None:
-    from ..corpus.cleaning import split
+    from ..corpus.splitting import split
     from ..evaluation.bits import evaluate
     from ..runs.folder import load, read_run
     from ..runs.tables import figure_line

@@ -5,9 +5,9 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from ..corpus.cleaning import documents_sha256, split
 from ..corpus.dataset import as_seed, make_dataset
-from ..corpus.documents import load_documents
+from ..corpus.documents import documents_sha256, load_documents
+from ..corpus.splitting import split
 from ..corpus.tokenizer import Tokenizer
 from ..evaluation.bits import baselines, evaluate
 from ..generation.generate import generate_batch

@@ -1,6 +1,7 @@
 """Documents: files and folders -> clean documents, and word of what was left out."""
 
 import codecs
+import hashlib
 import json
 import os
 import warnings
@@ -228,3 +229,20 @@ def _field_of(line: str, field: str, place: str) -> str:
             "Name the right field (field=..., --field)."
         )
     return record[field]
+
+
+def check_documents(documents) -> None:
+    """Refuse one text, or one path, where several texts are meant: it would be taken letter by letter."""
+    if isinstance(documents, (str, bytes, os.PathLike)):
+        raise ValueError(
+            f"documents must be a list of texts, got one {type(documents).__name__}. Write [text], divide it with "
+            "text.split('\\n\\n'), or read files with load_documents(paths)."
+        )
+
+
+def documents_sha256(documents: list[str]) -> str:
+    """Hash a corpus, document by document, in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()

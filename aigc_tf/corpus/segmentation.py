@@ -9,8 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from ..runtime.cores import usable_cores
 from ..runtime.files import read_text, shipped_file
-from .cleaning import check_documents
+from .documents import check_documents
 
 _HAN_WORD = re.compile(r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]{2,}")
 _LONGEST_LINE = 200  # of a user dictionary
@@ -60,6 +61,13 @@ def segmenter(user_dict: tuple[str, ...] = (), hmm: bool = False) -> Callable[[s
 def is_rust(user_dict: Sequence[str] = ()) -> bool:
     """Tell whether words without HMM are cut in Rust: where the extra `fast` is installed, and no user dictionary."""
     return not user_dict and _rust_cut() is not None
+
+
+def default_processes(num_chars: int, unit: str, user_dict: Sequence[str] = ()) -> int:
+    """Choose how many processes are worth their start to segment and encode so much text."""
+    if unit == "char" or num_chars < (100_000_000 if is_rust(user_dict) else 10_000_000):
+        return 1
+    return usable_cores()
 
 
 def load_user_dict(path) -> tuple[str, ...]:

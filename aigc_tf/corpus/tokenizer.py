@@ -3,27 +3,24 @@
 import functools
 import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from ..runtime.cores import usable_cores
 from ..runtime.files import parse_json, write_json
-from ..runtime.keras_internals import gives_by_name, takes_by_name
-from .cleaning import check_documents
+from .documents import check_documents
 from .parallel import map_chunks
-from .segmentation import as_user_dict, is_rust, segmenter
+from .segmentation import as_user_dict, segmenter
+from .utf8 import SURROGATE, complete_characters
+from .vocabulary import rank_pieces
 
 UNITS = ("char", "word")
 DEFAULT_VOCAB_SIZE = {"char": 6_000, "word": 20_000}
 _FORMAT = {"format": "aigc_tf tokenizer", "version": 1}
 _FIRST_BYTE = 3
 _FIRST_PIECE = _FIRST_BYTE + 256
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -62,7 +59,7 @@ class Tokenizer:
         self._ids = {piece: i for i, piece in enumerate(self.pieces, _FIRST_PIECE)}
         if len(self._ids) < len(self.pieces) or "" in self._ids:
             raise ValueError("A vocabulary needs pieces that are all different and not empty.")
-        if broken := next(filter(_SURROGATE.search, (*self.pieces, *self.user_dict)), None):
+        if broken := next(filter(SURROGATE.search, (*self.pieces, *self.user_dict)), None):
             raise ValueError(f"A vocabulary and its user dictionary must be text that UTF-8 can hold, got {broken!a}.")
 
     @classmethod
@@ -86,7 +83,7 @@ class Tokenizer:
             vocab_size: the size of the vocabulary at the most, with the 259 special and byte ids;
                 by default 6,000 for characters and 20,000 for words.
             user_dict: a jieba user dictionary, its file or its lines; only for words.
-            processes: how many processes segment (see `usual_processes`).
+            processes: how many processes segment (see `default_processes`).
 
         Returns:
             A `Tokenizer`.
@@ -99,12 +96,8 @@ class Tokenizer:
         vocab_size = DEFAULT_VOCAB_SIZE[unit] if vocab_size is None else vocab_size
         if vocab_size <= _FIRST_PIECE:
             raise ValueError(f"vocab_size must be over {_FIRST_PIECE} (3 special ids and 256 bytes), got {vocab_size}.")
-        counts = Counter()
-        for chunk_counts in map_chunks(tokenizer._count, documents, processes):
-            counts.update(chunk_counts)
-        # At equal counts characters go before words, which are made of them, then by code point.
-        ranked = sorted(counts, key=lambda piece: (-counts[piece], len(piece), piece))
-        return cls(ranked[: vocab_size - _FIRST_PIECE], unit, tokenizer.user_dict)
+        pieces = rank_pieces(documents, unit, tokenizer.user_dict, processes)
+        return cls(pieces[: vocab_size - _FIRST_PIECE], unit, tokenizer.user_dict)
 
     @property
     def vocab_size(self) -> int:
@@ -267,15 +260,6 @@ class Tokenizer:
                 ids.append(i)
         return ids
 
-    def _count(self, documents: list[str]) -> Counter:
-        counts = Counter()
-        for document in documents:
-            counts.update(document)
-            if self.unit == "word":
-                counts.update(word for word in self._cut(document) if len(word) > 1)
-        # UTF-8 has no surrogates, so a vocabulary file could not hold them: they are spelt in bytes.
-        return Counter({piece: n for piece, n in counts.items() if not _SURROGATE.search(piece)})
-
     def _encode_chunk(self, documents: list[str]) -> list[np.ndarray]:
         return [self._encode_document(document) for document in documents]
 
@@ -304,53 +288,3 @@ class Tokenizer:
             if len(piece) == 1:
                 table[ord(piece)] = i
         return table
-
-
-def usual_processes(num_chars: int, unit: str, user_dict: Sequence[str] = ()) -> int:
-    """Choose how many processes are worth their start to segment and encode so much text."""
-    if unit == "char" or num_chars < (100_000_000 if is_rust(user_dict) else 10_000_000):
-        return 1
-    return usable_cores()
-
-
-def check_vocabulary(model, tokenizer: Tokenizer) -> None:
-    """Refuse a model and a tokenizer that do not belong together."""
-    if not hasattr(model, "output_shape"):
-        raise ValueError(
-            f"A language model is a functional or sequential keras.Model, got a {type(model).__name__}, whose shapes "
-            "are not known before it is called. Wrap it: ids = keras.Input((context,), dtype='int32'); "
-            "keras.Model(ids, model(ids))."
-        )
-    shapes = model.input_shape, model.output_shape
-    by_name = takes_by_name(model), gives_by_name(model)
-    shown = ["a dict" if is_dict else shape for is_dict, shape in zip(by_name, shapes, strict=True)]
-    is_one = [isinstance(shape, tuple) and len(shape) for shape in shown] == [2, 3]
-    if not is_one or (shapes[0][1] is None and hasattr(model, "get_layer")):
-        raise ValueError(
-            "A language model has one input, ids (batch, T) with T fixed, and one output, logits (batch, T, V), got "
-            f"{shown[0]} and {shown[1]}. Wrap it: "
-            "ids = keras.Input((context,), dtype='int32'); keras.Model(ids, logits), with logits made of ids."
-        )
-    if model.output_shape[-1] != tokenizer.vocab_size:
-        raise ValueError(
-            f"Model and tokenizer must have the same vocabulary size, got {model.output_shape[-1]} "
-            f"and {tokenizer.vocab_size}. Build the model with tokenizer.vocab_size."
-        )
-
-
-def complete_characters(data: bytes) -> tuple[str, bytes]:
-    """Split bytes into the characters they complete and the rest that may still become one."""
-    characters = ""
-    while data:
-        first = data[0]
-        size = 1 if first < 0x80 else 2 if 0xC2 <= first < 0xE0 else 3 if first < 0xF0 else 4
-        valid = (first < 0x80 or 0xC2 <= first < 0xF5) and all(0x80 <= b < 0xC0 for b in data[1:size])
-        if valid and len(data) < size:
-            break
-        try:
-            characters += data[:size].decode("utf-8", "surrogatepass") if valid else "\ufffd"
-        except UnicodeDecodeError:
-            valid = False
-            characters += "\ufffd"
-        data = data[size if valid else 1 :]
-    return characters, data

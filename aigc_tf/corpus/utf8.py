@@ -1,9 +1,11 @@
 """UTF-8: which bytes may follow which in whole characters, as tables over what is pending of a character."""
 
 import functools
+import re
 
 import numpy as np
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # UTF-8 has none
 # By what is pending of a character: the first and last of the bytes that may come, and what is pending after them.
 # 0 is nothing, 1 to 3 are so many bytes. After E0, F0 (4, 6) some bytes would spell a character in more of them than it
 # needs, after ED (5) half of a surrogate pair, and after F4 (7) what is beyond the last character.
@@ -48,3 +50,21 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
             may_come[pending, first : last + 1] = True
             after[pending, first : last + 1] = left
     return may_come, after
+
+
+def complete_characters(data: bytes) -> tuple[str, bytes]:
+    """Split bytes into the characters they complete and the rest that may still become one."""
+    characters = ""
+    while data:
+        first = data[0]
+        size = 1 if first < 0x80 else 2 if 0xC2 <= first < 0xE0 else 3 if first < 0xF0 else 4
+        valid = (first < 0x80 or 0xC2 <= first < 0xF5) and all(0x80 <= b < 0xC0 for b in data[1:size])
+        if valid and len(data) < size:
+            break
+        try:
+            characters += data[:size].decode("utf-8", "surrogatepass") if valid else "\ufffd"
+        except UnicodeDecodeError:
+            valid = False
+            characters += "\ufffd"
+        data = data[size if valid else 1 :]
+    return characters, data

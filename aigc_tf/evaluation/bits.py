@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ..corpus.cleaning import check_documents, documents_sha256
 from ..corpus.dataset import count_tokens, make_store, sample_tokens
-from ..corpus.tokenizer import Tokenizer, check_vocabulary
+from ..corpus.documents import check_documents, documents_sha256
+from ..corpus.tokenizer import Tokenizer
 from ..generation.engines.engine import make_engine
 from ..generation.processors import log_softmax
+from ..models.contract import check_model
 from ..models.ngram import Ngram, kneser_ney_from_ids
 from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.backend import keras
@@ -52,7 +53,7 @@ def evaluate(model: keras.Model | Ngram, tokenizer: Tokenizer, documents: list[s
         >>> round(figures["bits_per_char"]), figures["tokens"]
         (11, 4.0)
     """
-    check_vocabulary(model, tokenizer)
+    check_model(model, tokenizer)
     if isinstance(model, Ngram):
         _require_documents(documents)
         counts, nats = _ngram_nats(model, tokenizer, documents)

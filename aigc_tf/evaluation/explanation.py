@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..corpus.tokenizer import Tokenizer, check_vocabulary
+from ..corpus.tokenizer import Tokenizer
+from ..models.contract import check_model
 from ..models.ngram import Ngram
 from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.backend import keras
@@ -83,7 +84,7 @@ def surprisal(model: keras.Model | Ngram, tokenizer: Tokenizer, text: str) -> li
         >>> [(piece, round(bits)) for piece, bits in surprisal(lstm(tokenizer.vocab_size, 4), tokenizer, "春晓")]
         [('春', 8), ('晓', 8), ('', 8)]
     """
-    check_vocabulary(model, tokenizer)
+    check_model(model, tokenizer)
     _check_text(text)
     bits = _nats(model, tokenizer, text) / math.log(2)
     pieces, num_tokens = _pieces(tokenizer, tokenizer.encode(text))
@@ -154,7 +155,7 @@ def attention_maps(model: keras.Model, tokenizer: Tokenizer, text: str, layer: i
         (4, 3, 3)
     """
     attention = _attention_layer(model, layer)
-    check_vocabulary(model, tokenizer)
+    check_model(model, tokenizer)
     _check_text(text)
     ids, context = [tokenizer.BOS, *tokenizer.encode(text)], model.input_shape[1]
     if len(ids) > context:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..corpus.tokenizer import Tokenizer, complete_characters
+from ..corpus.tokenizer import Tokenizer
+from ..corpus.utf8 import complete_characters
 from .batch import Batch, Noise, finite_log_softmax, log_probabilities
 from .engines.engine import Engine
 from .sampler import Sampler

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from ..corpus.tokenizer import Tokenizer, check_vocabulary
+from ..corpus.tokenizer import Tokenizer
+from ..models.contract import check_model
 from .engines.choose import choose_engine
 from .settings import check_generation
 from .writer import Text, Writer
@@ -198,7 +199,7 @@ def _check_arguments(model, tokenizer, *prompts) -> None:
         raise TypeError(f"The second argument must be the model's Tokenizer, got {tokenizer!r}.")
     if not hasattr(model, "output_shape"):
         raise TypeError(f"model must be a language model, got {model!r}. aigc_tf.load gives that of a run folder.")
-    check_vocabulary(model, tokenizer)
+    check_model(model, tokenizer)
     for prompt in prompts:
         if not isinstance(prompt, str):
             way = "For several prompts call generate_batch." if isinstance(prompt, list | tuple) else 'Without: "".'

@@ -5,7 +5,8 @@ import math
 import numpy as np
 
 from ..corpus.dataset import make_store, sample_tokens
-from ..corpus.tokenizer import Tokenizer, check_vocabulary
+from ..corpus.tokenizer import Tokenizer
+from ..models.contract import check_model
 from ..runtime.backend import keras
 
 _DISTANCE = 2  # how far two tokens may be apart to be neighbours
@@ -52,7 +53,7 @@ def initialise(
         O. Levy and Y. Goldberg, "Neural word embedding as implicit matrix factorization" (2014); decomposition
         after N. Halko, P. Martinsson and J. Tropp, "Finding structure with randomness" (2011).
     """
-    check_vocabulary(model, tokenizer)
+    check_model(model, tokenizer)
     try:
         embedding = model.get_layer("token_embedding")
     except ValueError:

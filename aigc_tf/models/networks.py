@@ -14,7 +14,7 @@ import numpy as np
 
 from ..runtime.backend import keras
 from ..runtime.distribution import known_precision
-from .sizes import at_least_1, dimensions
+from .sizes import check_at_least_1, dimensions
 
 layers, ops = keras.layers, keras.ops
 
@@ -73,7 +73,7 @@ def transformer(
     chosen = dimensions("transformer", size, num_layers=num_layers, num_heads=num_heads, hidden_dim=hidden_dim)
     num_layers, num_heads, hidden_dim = (chosen[k] for k in ("num_layers", "num_heads", "hidden_dim"))
     intermediate_dim = 4 * hidden_dim if intermediate_dim is None else intermediate_dim
-    at_least_1(vocab_size=vocab_size, context=context, intermediate_dim=intermediate_dim)
+    check_at_least_1(vocab_size=vocab_size, context=context, intermediate_dim=intermediate_dim)
     _check_dropout(dropout)
     # Drawn anew below; without a seed Keras would take one from Python's own generator, which is the user's.
     init = keras.initializers.RandomNormal(stddev=_GPT2_STDDEV, seed=seed % 2**32)
@@ -158,7 +158,7 @@ def lstm(
     """
     chosen = dimensions("lstm", size, num_layers=num_layers, hidden_dim=hidden_dim, embedding_dim=embedding_dim)
     num_layers, hidden_dim, embedding_dim = (chosen[k] for k in ("num_layers", "hidden_dim", "embedding_dim"))
-    at_least_1(vocab_size=vocab_size, context=context)
+    check_at_least_1(vocab_size=vocab_size, context=context)
     _check_dropout(dropout)
     seeds = _seeds(seed)
 

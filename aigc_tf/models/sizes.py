@@ -56,7 +56,7 @@ def dimensions(
         "num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim, "embedding_dim": embedding_dim
     }  # fmt: skip
     chosen = {**SIZES[model][size], **{name: value for name, value in given.items() if value is not None}}
-    at_least_1(**chosen)
+    check_at_least_1(**chosen)
     if chosen["hidden_dim"] % chosen.get("num_heads", 1):
         raise ValueError(
             f"hidden_dim must be a multiple of num_heads, got {chosen['hidden_dim']} and {chosen['num_heads']}."
@@ -64,15 +64,8 @@ def dimensions(
     return chosen
 
 
-def at_least_1(**dimensions: int) -> None:
+def check_at_least_1(**dimensions: int) -> None:
     """Refuse a dimension below 1, by its name."""
     for name, value in dimensions.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-
-
-def check_targets(targets, vocab_size: int) -> None:
-    """Refuse an array of targets that are no tokens, where indexing would take another token or leave the array."""
-    if targets.size and not 0 <= (first := targets.min()) <= (last := targets.max()) < vocab_size:
-        wrong = first if first < 0 else last
-        raise ValueError(f"Targets must be from 0 to {vocab_size - 1}, the tokens of the vocabulary, got {wrong}.")

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..evaluation.bits import FINAL_TOKENS, VALIDATION_TOKENS, batch_rows, scorer
 from ..models.networks import build
-from ..models.sizes import at_least_1, dimensions
+from ..models.sizes import check_at_least_1, dimensions
 from ..runtime.backend import keras, tf
 from ..runtime.distribution import known_precision, predict
 from ..runtime.hardware import available_bytes, gpu_watts, process_bytes, processor_joules
@@ -101,7 +101,7 @@ def estimate(
     """
     replaced = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
     chosen = dimensions(model, size, **replaced)
-    at_least_1(vocab_size=vocab_size, context=context, batch_size=batch_size, steps=steps)
+    check_at_least_1(vocab_size=vocab_size, context=context, batch_size=batch_size, steps=steps)
     precision = known_precision(precision)
     check_candidates(num_candidates or 0, batch_size * context, vocab_size)
     if not seconds >= 0 or (watts is not None and not watts > 0):

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
-from ..corpus.tokenizer import Tokenizer, check_vocabulary
+from ..corpus.tokenizer import Tokenizer
+from ..models.contract import check_model
 from ..models.keras_file import check_keras_file, read_keras_file
 from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.files import parse_json, rename, sync, temporary_path, write_json
@@ -49,7 +50,7 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
 
     if isinstance(model, TransformerWeights | LstmWeights):
         raise ValueError("save needs the model itself, got what load_writer gives. Load it with load.")
-    check_vocabulary(model, tokenizer)
+    check_model(model, tokenizer)
     run = {
         **_FORMAT,
         "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

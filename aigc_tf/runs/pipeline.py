@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import __version__
-from ..corpus.cleaning import MOST_CHARS, documents_sha256, split
 from ..corpus.dataset import as_seed, make_dataset, make_store, open_store
-from ..corpus.segmentation import as_user_dict, remove_stopwords
-from ..corpus.tokenizer import Tokenizer, usual_processes
+from ..corpus.documents import documents_sha256
+from ..corpus.segmentation import as_user_dict, default_processes, remove_stopwords
+from ..corpus.splitting import MAX_PIECE_CHARS, split
+from ..corpus.tokenizer import Tokenizer
 from ..evaluation.bits import FINAL_TOKENS, baselines, evaluate, sample_documents
 from ..generation.generate import generate
 from ..models.initialisation import initialise
@@ -135,7 +136,7 @@ def run_pipeline(
             f"from, {len(valid_documents):,} held out"
         )
         if len(train_documents) + len(valid_documents) > len(documents):
-            show(f"documents of over {MOST_CHARS:,} characters are cut at line ends, and their pieces are divided")
+            show(f"documents of over {MAX_PIECE_CHARS:,} characters are cut at line ends, and their pieces are divided")
         if stopwords:
             train_documents, share = remove_stopwords(train_documents, stopwords)
             show(
@@ -244,7 +245,7 @@ def _tidied(folder) -> Iterator[None]:
 def _encode(documents: list[str], unit: str, vocab_size: int | None, user_dict, folder: Path):
     """Train the tokenizer and encode the documents to learn from, or take what an earlier start kept in `folder`."""
     num_chars = sum(map(len, documents))
-    processes = usual_processes(num_chars, unit, user_dict)
+    processes = default_processes(num_chars, unit, user_dict)
 
     def trained():
         return Tokenizer.train(documents, unit, vocab_size, user_dict=user_dict, processes=processes)

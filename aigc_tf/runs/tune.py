@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..corpus.cleaning import documents_sha256
 from ..corpus.dataset import as_seed
+from ..corpus.documents import documents_sha256
 from ..runtime.files import locked
 from .folder import read_run
 from .pipeline import run_pipeline

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..models.sizes import check_targets
 from ..runtime.backend import keras, tf
 from ..runtime.keras_internals import source_of
 
@@ -127,3 +126,10 @@ def _log_expected(log_frequency: np.ndarray, number: int) -> np.ndarray:
         draws = math.sqrt(low * high)
         low, high = (low, draws) if -np.expm1(draws * log_missed).sum() > number else (draws, high)
     return np.log(-np.expm1(high * log_missed)).astype(np.float32)
+
+
+def check_targets(targets, vocab_size: int) -> None:
+    """Refuse an array of targets that are no tokens, where indexing would take another token or leave the array."""
+    if targets.size and not 0 <= (first := targets.min()) <= (last := targets.max()) < vocab_size:
+        wrong = first if first < 0 else last
+        raise ValueError(f"Targets must be from 0 to {vocab_size - 1}, the tokens of the vocabulary, got {wrong}.")

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..corpus.cleaning import check_documents, documents_sha256
-from ..corpus.tokenizer import Tokenizer, check_vocabulary
+from ..corpus.documents import check_documents, documents_sha256
+from ..corpus.tokenizer import Tokenizer
+from ..models.contract import check_model
 from ..runtime.backend import keras, tf, uses_accelerator
 from ..runtime.distribution import check_distribution, is_first_host, num_replicas
 from ..runtime.files import locked
@@ -93,7 +94,7 @@ def train(
         BlockingIOError: another training is going on in `run_dir`.
         OSError: `run_dir` cannot be written to. The checkpoints that are there stay.
     """
-    check_vocabulary(model, tokenizer)
+    check_model(model, tokenizer)
     numbers = {"steps": steps, "validations": validations, "num_microbatches": num_microbatches}
     for name, value in {**numbers, "keep_checkpoints": keep_checkpoints}.items():
         if value < 1:

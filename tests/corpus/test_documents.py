@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pathlib
 import re
 import tracemalloc
 import warnings
@@ -11,6 +12,7 @@ from conftest import message_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+import aigc_tf
 from aigc_tf import Tokenizer, iter_documents, load_documents, make_store
 from aigc_tf.corpus import documents
 from aigc_tf.corpus.cleaning import clean
@@ -169,7 +171,7 @@ def test_a_folder_of_which_nothing_can_be_read_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("content", "what", "way_out"),
     [
-        (b"PK\x03\x04\x14\x00\x06\x00\xff", "a ZIP archive, as .docx", "Save its text as a .txt file"),
+        (b"PK\x03\x04\x14\x00\x06\x00\xff", "a ZIP archive, such as .docx", "Save its text as a .txt file"),
         (gzip.compress("春眠不觉晓".encode(), mtime=0), "compressed by gzip", "Unpack"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF", "pdftotext"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", "Save its text"),
@@ -248,3 +250,28 @@ def test_reading_takes_little_more_memory_than_the_documents(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * file.stat().st_size
+
+
+def test_one_text_is_not_taken_for_documents(tokenizer):
+    text = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
+    model = aigc_tf.lstm(tokenizer.vocab_size, 4, num_layers=1, hidden_dim=8)
+    data = aigc_tf.make_dataset([text], tokenizer, 4, 1, seed=0)
+    for one in (text, text.encode(), pathlib.Path("poems.txt")):
+        for use in (
+            aigc_tf.split,
+            aigc_tf.remove_stopwords,
+            Tokenizer.train,
+            tokenizer.encode_documents,
+            lambda text: aigc_tf.make_store(text, tokenizer),
+            lambda text: aigc_tf.make_dataset(text, tokenizer, 4, 1),
+            lambda text: aigc_tf.initialise(model, tokenizer, text),
+            lambda text: aigc_tf.kneser_ney(text, tokenizer),
+            lambda text: aigc_tf.evaluate(model, tokenizer, text),
+            lambda text: aigc_tf.train(model, data, tokenizer, text, steps=1),
+            lambda text: aigc_tf.baselines(tokenizer, text, [text]),
+            lambda text: aigc_tf.baselines(tokenizer, [text], text),
+        ):
+            message = message_of(ValueError, use, one)
+            assert f"documents must be a list of texts, got one {type(one).__name__}. Write [text]" in message
+    with pytest.raises(ValueError, match="must be a list of texts"):
+        aigc_tf.run_pipeline(text, "never-written")

@@ -9,7 +9,7 @@ import warnings
 import pytest
 
 from aigc_tf import Tokenizer
-from aigc_tf.corpus import parallel, tokenizer
+from aigc_tf.corpus import parallel, segmentation
 from aigc_tf.corpus.parallel import map_chunks
 from aigc_tf.runs import pipeline
 
@@ -113,19 +113,19 @@ def test_a_tokenizer_travels_without_what_it_can_make_again():
 
 
 def test_processes_are_started_where_they_are_worth_it(monkeypatch):
-    monkeypatch.setattr(tokenizer, "usable_cores", lambda: 7)
+    monkeypatch.setattr(segmentation, "usable_cores", lambda: 7)
     for is_rust, worth in ((False, 10_000_000), (True, 100_000_000)):
-        monkeypatch.setattr(tokenizer, "is_rust", lambda user_dict, is_rust=is_rust: is_rust)
-        assert tokenizer.usual_processes(worth, "word") == 7
-        assert tokenizer.usual_processes(worth - 1, "word") == 1
-        assert tokenizer.usual_processes(worth, "char") == 1
+        monkeypatch.setattr(segmentation, "is_rust", lambda user_dict, is_rust=is_rust: is_rust)
+        assert segmentation.default_processes(worth, "word") == 7
+        assert segmentation.default_processes(worth - 1, "word") == 1
+        assert segmentation.default_processes(worth, "char") == 1
 
 
 def test_the_pipeline_cuts_words_in_several_processes(monkeypatch, documents, tmp_path):
     settings = {"unit": "word", "context": 8, "steps": 1, "validations": 1, "num_layers": 1, "hidden_dim": 8}
     settings |= {"valid_fraction": 0.2, "progress": False}
     expected = pipeline.run_pipeline(documents, tmp_path / "a", **settings)
-    monkeypatch.setattr(pipeline, "usual_processes", lambda *_: 2)
+    monkeypatch.setattr(pipeline, "default_processes", lambda *_: 2)
     assert pipeline.run_pipeline(documents, tmp_path / "b", **settings) == expected
 
 

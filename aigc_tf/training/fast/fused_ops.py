@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from ...models.sizes import check_targets
+from ..sampled_softmax import check_targets
 from . import fused_kernels
 
 _f32 = np.float32

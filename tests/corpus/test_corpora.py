@@ -13,9 +13,9 @@ import pytest
 from conftest import message_of
 
 from aigc_tf import load_documents
-from aigc_tf.corpus import named
-from aigc_tf.corpus.cleaning import documents_sha256
-from aigc_tf.corpus.named import CORPORA, load_corpus
+from aigc_tf.corpus import corpora
+from aigc_tf.corpus.corpora import CORPORA, load_corpus
+from aigc_tf.corpus.documents import documents_sha256
 from aigc_tf.runtime.files import shipped_file
 
 TEXTS = ["\ufeff第一条　为了２０２６年。\r\n", "第二条\u200b", "第二条", "", " \n"]
@@ -167,10 +167,10 @@ def test_the_shipped_corpus_needs_no_pip_and_no_cache(cache, monkeypatch):
 
 def test_the_documentation_names_every_corpus_and_where_it_comes_from():
     for name, corpus in CORPORA.items():
-        assert f"\n    {name} " in named.__doc__
+        assert f"\n    {name} " in corpora.__doc__
         assert f'"{name}"' in load_corpus.__doc__
         if corpus["package"]:
-            assert f"{corpus['package']} {corpus['version']}" in named.__doc__
+            assert f"{corpus['package']} {corpus['version']}" in corpora.__doc__
         assert corpus["licence"]
 
 
@@ -188,6 +188,6 @@ def test_the_fetched_corpora_are_what_they_are(name, num_documents, num_chars, s
     assert sum(map(len, documents)) == num_chars
     assert documents_sha256(documents) == sha256
     assert f"{num_documents:,} " in load_corpus.__doc__
-    assert f"{num_chars:,} characters" in named.__doc__
+    assert f"{num_chars:,} characters" in corpora.__doc__
     (kept,) = cache.iterdir()
     assert kept.name.startswith(CORPORA[name]["package"])
