@@ -3,7 +3,7 @@
 The article is an introduction, in Chinese, to large models that write text (AIGC). Where each of its parts lives:
 
     2 concepts: large models, natural language       models/networks.py (three sizes)
-    3 step 1, preprocessing                          corpus/documents.py, corpus/cleaning.py,
+    3 step 1, preprocessing                          corpus/cleaning.py, corpus/segmentation.py,
                                                      corpus/tokenizer.py, corpus/dataset.py
     3 steps 2 and 3, model and initial parameters    models/networks.py
     3 step 4, training                               training/train.py
