@@ -149,7 +149,7 @@ def _estimate(options) -> None:
     from ..corpus.splitting import split
     from ..corpus.tokenizer import Tokenizer
     from ..runs.estimate import estimate, memory_warning
-    from ..runs.pipeline import usual_steps
+    from ..runs.pipeline import default_steps
     from ..runs.tables import estimate_table
 
     train_documents, valid_documents = split(_documents(options), options.valid_fraction)
@@ -159,7 +159,7 @@ def _estimate(options) -> None:
         for side, documents in (("train", train_documents), ("valid", valid_documents))
     }
     tokens_per_step = options.context * options.batch_size
-    steps = usual_steps(num_tokens["train_tokens"], tokens_per_step) if options.steps is None else options.steps
+    steps = default_steps(num_tokens["train_tokens"], tokens_per_step) if options.steps is None else options.steps
     names = ("context", "batch_size", "num_layers", "num_heads", "hidden_dim", "dropout", "precision",
              "num_candidates")  # fmt: skip
     settings = {name: getattr(options, name) for name in names}

@@ -11,7 +11,8 @@ import pytest
 from aigc_tf import Tokenizer
 from aigc_tf.corpus import parallel, segmentation
 from aigc_tf.corpus.parallel import map_chunks
-from aigc_tf.runs import pipeline
+from aigc_tf.runs import encoded_text
+from aigc_tf.runs.pipeline import run_pipeline
 
 DOCUMENTS = ["春眠不觉晓，", "处处闻啼鸟。", "夜来风雨声，", "花落知多少。"] * 5
 
@@ -124,9 +125,9 @@ def test_processes_are_started_where_they_are_worth_it(monkeypatch):
 def test_the_pipeline_cuts_words_in_several_processes(monkeypatch, documents, tmp_path):
     settings = {"unit": "word", "context": 8, "steps": 1, "validations": 1, "num_layers": 1, "hidden_dim": 8}
     settings |= {"valid_fraction": 0.2, "progress": False}
-    expected = pipeline.run_pipeline(documents, tmp_path / "a", **settings)
-    monkeypatch.setattr(pipeline, "default_processes", lambda *_: 2)
-    assert pipeline.run_pipeline(documents, tmp_path / "b", **settings) == expected
+    expected = run_pipeline(documents, tmp_path / "a", **settings)
+    monkeypatch.setattr(encoded_text, "default_processes", lambda *_: 2)
+    assert run_pipeline(documents, tmp_path / "b", **settings) == expected
 
 
 @pytest.mark.parametrize("processes", [0, -1])

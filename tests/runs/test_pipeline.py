@@ -1,17 +1,12 @@
-import contextlib
 import re
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 from conftest import message_of
 
 import aigc_tf
 from aigc_tf.cli.commands import _pipeline_settings
 from aigc_tf.cli.parser import make_parser
-from aigc_tf.runs.pipeline import SETTINGS, _encode, is_unfinished, run_pipeline, usual_steps
+from aigc_tf.runs.pipeline import SETTINGS, default_steps, is_unfinished, run_pipeline
 from aigc_tf.runtime.backend import keras
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
@@ -63,7 +58,7 @@ def test_precision_holds_for_the_run_alone(documents, tmp_path):
     assert model.get_layer("block_0_attention").compute_dtype == "bfloat16"
 
 
-def test_settings_that_do_not_go_together_are_refused_before_anything_is_written(documents, tmp_path):
+def test_settings_that_do_not_fit_together_are_refused_before_anything_is_written(documents, tmp_path):
     for wrong, part in [
         ({"model": "rnn"}, "model must be one of transformer, lstm, got 'rnn'"),
         ({"model": "lstm", "num_heads": 2}, "an LSTM has no attention heads"),
@@ -79,7 +74,7 @@ def test_settings_that_do_not_go_together_are_refused_before_anything_is_written
     assert keras.config.dtype_policy().name == "float32"
 
 
-def test_what_a_kill_leaves_beside_a_log_keeps_nobody_from_going_on(tmp_path):
+def test_a_training_killed_before_its_first_checkpoint_is_unfinished(tmp_path):
     for name in (".lock", ".0123456789ab-log.csv", "log.csv"):
         (tmp_path / name).touch()
     assert is_unfinished(tmp_path)
@@ -102,8 +97,8 @@ def test_what_fails_after_the_training_loses_nothing(documents, tmp_path, monkey
     aigc_tf.load(tmp_path / "run")
     assert aigc_tf.read_run(tmp_path / "run")["figures"] == {"steps_done": 2}
     monkeypatch.undo()
-    monkeypatch.setattr("aigc_tf.runs.pipeline.Tokenizer.train", lambda *args, **settings: 1 / 0)
-    monkeypatch.setattr("aigc_tf.runs.pipeline.make_store", lambda *args, **settings: 1 / 0)
+    monkeypatch.setattr("aigc_tf.runs.encoded_text.Tokenizer.train", lambda *args, **settings: 1 / 0)
+    monkeypatch.setattr("aigc_tf.runs.encoded_text.make_store", lambda *args, **settings: 1 / 0)
     capsys.readouterr()
     figures = run_pipeline(documents, tmp_path / "run", **SMALL)  # neither trained nor encoded again
     assert "goes on after step 2" in capsys.readouterr().out
@@ -111,63 +106,10 @@ def test_what_fails_after_the_training_loses_nothing(documents, tmp_path, monkey
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_store_of_other_text_is_not_taken(documents, tmp_path):
-    first, ids = _encode(documents, "char", None, (), tmp_path)
-    again, same = _encode(documents, "char", None, (), tmp_path)
-    assert again.fingerprint == first.fingerprint
-    np.testing.assert_array_equal(ids, same)
-    ids = np.array(ids)  # not of the file
-    _, other = _encode(documents[:-1], "char", None, (), tmp_path)
-    assert len(other) < len(ids)
-    for tokens in tmp_path.glob("*/tokens/tokens.bin"):
-        tokens.write_bytes(b"")  # as after a power cut
-    np.testing.assert_array_equal(_encode(documents, "char", None, (), tmp_path)[1], ids)
-
-
-@pytest.mark.parametrize("before", ["nothing", "a damaged store"])
-def test_of_two_runs_one_encodes_and_the_other_waits_for_it(documents, tmp_path, monkeypatch, before):
-    if before != "nothing":
-        _encode(documents, "char", None, (), tmp_path)
-        next(tmp_path.glob("*/tokens/tokens.bin")).write_bytes(b"")
-    train, begun, num_trained = aigc_tf.Tokenizer.train, threading.Event(), []
-
-    def slowly(*args, **kwargs):
-        num_trained.append(1)
-        begun.set()
-        time.sleep(0.3)
-        return train(*args, **kwargs)
-
-    monkeypatch.setattr(aigc_tf.Tokenizer, "train", slowly)
-    with ThreadPoolExecutor() as pool:
-        first = pool.submit(_encode, documents, "char", None, (), tmp_path)
-        begun.wait()
-        second = pool.submit(_encode, documents, "char", None, (), tmp_path)
-        (tokenizer, ids), (same, same_ids) = first.result(), second.result()
-    assert len(num_trained) == 1
-    assert same.fingerprint == tokenizer.fingerprint
-    np.testing.assert_array_equal(same_ids, ids)
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_store_without_locks_is_that_of_who_was_sooner(documents, tmp_path, monkeypatch):
-    monkeypatch.setattr("aigc_tf.runs.pipeline.hold_lock", lambda lock, wait: contextlib.nullcontext())
-    train, of_others = aigc_tf.Tokenizer.train, []
-
-    def train_while_another_does(*args, **kwargs):
-        monkeypatch.setattr(aigc_tf.Tokenizer, "train", train)
-        of_others.append(_encode(documents, "char", None, (), tmp_path))
-        return train(*args, **kwargs)
-
-    monkeypatch.setattr(aigc_tf.Tokenizer, "train", train_while_another_does)
-    _, ids = _encode(documents, "char", None, (), tmp_path)
-    assert ids.filename == of_others[0][1].filename
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_the_number_of_steps_follows_from_the_text(documents, tmp_path, capsys, monkeypatch):
-    assert usual_steps(455_000, 2048) == 2000
-    assert usual_steps(1000, 2048) == 500
-    assert usual_steps(10**9, 2048) == 10_000
+    assert default_steps(455_000, 2048) == 2000
+    assert default_steps(1000, 2048) == 500
+    assert default_steps(10**9, 2048) == 10_000
     monkeypatch.setattr("aigc_tf.runs.pipeline._LEAST_STEPS", 1)
     run_pipeline(documents, tmp_path / "run", **{**SMALL, "steps": None})
     out = capsys.readouterr().out
@@ -176,7 +118,7 @@ def test_the_number_of_steps_follows_from_the_text(documents, tmp_path, capsys, 
     assert f"step {steps}/{steps}" in out
 
 
-def test_of_much_held_out_text_a_part_is_measured_and_told(documents, tmp_path, capsys, monkeypatch):
+def test_of_much_held_out_text_a_part_is_measured_and_named(documents, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("aigc_tf.runs.pipeline.FINAL_TOKENS", 40)
     figures = run_pipeline(documents, tmp_path / "run", **SMALL)
     held_out = aigc_tf.split(documents, 0.2)[1]

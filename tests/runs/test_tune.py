@@ -279,7 +279,7 @@ def test_trials_encode_the_same_text_once(documents, tmp_path, monkeypatch):
         made.append(args)
         return dataset.make_store(*args)
 
-    monkeypatch.setattr("aigc_tf.runs.pipeline.make_store", make_store)
+    monkeypatch.setattr("aigc_tf.runs.encoded_text.make_store", make_store)
     tune(documents, tmp_path / "search", RATES, trials=2, progress=False, **SMALL)
     assert len(made) == 1
 
