@@ -1,15 +1,15 @@
 """Bits per character over width, at a fixed number of steps: LSTMs, Transformers and Kneser-Ney n-grams.
 
     pip install -e '.[notebooks]'
-    python benchmarks/scaling.py            # about 40 minutes of one core; goes on where it was stopped
-    python benchmarks/scaling.py --chart    # only the table and the chart, from the results that are there
+    python benchmarks/scaling.py            # about 40 minutes of one core; resumes where it was interrupted
+    python benchmarks/scaling.py --chart    # only the table and the chart, from the results in data/scaling.json
 
 Every network starts from random values, not from a counted embedding, computes its softmax over all tokens
-(`num_candidates=0`), and sees the same windows in the same number of steps, 700, by a learning rate that falls by a
-cosine to a tenth; what differs is its width, and with it the highest rate. So this is not what `aigc-tf train`
-reaches, and no scaling law: 700 steps are short for the wide ones, whose rate was not searched for. No line is drawn
-through the points. Time is CPU time of the whole process, so that other work on the machine hardly counts. Results go
-to data/scaling.json, one entry a run, and the chart to scaling.svg beside this file.
+(`num_candidates=0`), and sees the same windows in the same number of steps, 700, with a learning rate that falls by a
+cosine to a tenth. Only the width differs, and with it the highest rate, by a fixed rule. So this is not what
+`aigc-tf train` reaches, and it is no scaling law: 700 steps are short for the wide ones, whose rate was not searched
+for. No line is drawn through the points. Time is CPU time of the whole process, so other work on the machine hardly
+counts. Results go to data/scaling.json, one entry a run, and the chart to scaling.svg in this folder.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from aigc_tf.runtime.files import write_json
 from aigc_tf.training import train as train_module
 
 HERE = Path(__file__).parent
+# When data/scaling.json was measured; change it with the results.
+MEASURED = "measured on 24 November 2026, before later changes of the training"
 # The results ship with the package: notebook 02 draws them too.
 RESULTS, CHART = HERE.parent / "data" / "scaling.json", HERE / "scaling.svg"
 CONTEXT, BATCH_SIZE, STEPS, VALIDATIONS, SEEDS = 36, 16, 700, 7, (0, 1, 2)
@@ -37,7 +39,7 @@ ORDERS = (1, 2, 3, 4, 5)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chart", action="store_true", help="run nothing, show what there is")
+    parser.add_argument("--chart", action="store_true", help="run nothing, draw the results that are there")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     if not options.chart:
@@ -149,8 +151,11 @@ def draw(results: dict) -> None:
     axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="bits per character, held-out poems")
     axes.yaxis.set_major_formatter("{x:.1f}")
     axes.yaxis.set_minor_formatter("{x:.1f}")
-    title = f"Tang quatrains, {STEPS} steps of {BATCH_SIZE} x {CONTEXT} tokens"
-    axes.set_title(f"{title}\nrandom starts, a cosine, a softmax over all tokens; three seeds", fontsize="medium")
+    axes.set_title(
+        f"Width at a fixed number of steps; no scaling law\nTang quatrains, {STEPS} steps of {BATCH_SIZE} x {CONTEXT} "
+        f"tokens from random values, three seeds\n{MEASURED}",
+        fontsize="small",
+    )
     axes.legend()
     figure.savefig(CHART, metadata={"Date": None})
 
