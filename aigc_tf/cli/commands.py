@@ -1,7 +1,4 @@
-"""The commands: `aigc-tf demo | train | estimate | tune | evaluate | generate | info`, also as `python -m aigc_tf`.
-
-Each is a thin layer over the Python functions of the same name.
-"""
+"""Commands: main() and what each command does, a thin layer over the Python functions of the same names."""
 
 import itertools
 import json
@@ -10,20 +7,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..runtime.files import not_utf8_error, read_text
+from .inputs import (
+    default_run_name,
+    name_unseen_characters,
+    pipeline_settings,
+    read_documents,
+    read_prompts,
+    read_settings,
+)
 from .parser import make_parser
-
-_CORPUS = "corpus:"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: the command line without the program's name; None takes the process's own.
+        arguments: the command line without the program's name; None takes that of the process.
 
     Returns:
-        The exit code: 0 done; said in one line, 2 a wrong option or input, 1 another failure; 130 stopped by Ctrl-C.
+        The exit code: 0 for success; 2 for a wrong option or input and 1 for another failure, either of which is
+        explained in one line; 130 after Ctrl-C.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the shell has closed it
@@ -32,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser = make_parser()
         try:
             options = parser.parse_args(arguments)
-        except SystemExit:  # it has shown help, or told of a wrong option
+        except SystemExit:  # after the help, or a wrong option
             sys.stdout.flush()
             raise
         if options.command is None:
@@ -40,28 +43,28 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
             return 0
         if getattr(options, "config", None):
-            options = make_parser(_read_settings(Path(options.config))).parse_args(arguments)
+            options = make_parser(read_settings(Path(options.config))).parse_args(arguments)
         _COMMANDS[options.command](options)
-        sys.stdout.flush()  # here, where an error is told
+        sys.stdout.flush()  # here, where an error is still reported
         return 0
     except KeyboardInterrupt:
         print("aigc-tf: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         _drop_unwritable()
         return 0
     except Exception as error:
         if os.environ.get("AIGC_TF_TRACEBACK"):
             raise
-        is_users = isinstance(error, ValueError | OSError)
-        kind = "" if is_users else f"{type(error).__name__}: "
+        is_input_error = isinstance(error, ValueError | OSError)
+        kind = "" if is_input_error else f"{type(error).__name__}: "
         print(f"aigc-tf: error: {kind}{_one_line(error)}", file=sys.stderr)
         _drop_unwritable()
-        return 2 if is_users else 1
+        return 2 if is_input_error else 1
 
 
 def _drop_unwritable() -> None:
-    """Write what is left for standard output, or drop it where that fails, which Python would try again at its end."""
+    """Flush standard output, or drop what it cannot write: Python would try again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -83,7 +86,7 @@ def _demo(options) -> None:
     def run(folder):
         run_demo(folder, steps_fraction=options.steps_fraction, seed=options.seed)
 
-    _in_a_folder(run, options.out, "demo", is_unfinished)
+    _run_in_folder(run, options.out, "demo", is_unfinished)
 
 
 def _train(options) -> None:
@@ -93,56 +96,16 @@ def _train(options) -> None:
     if options.devices is not None or options.model_parallel > 1:
         print(use_devices(options.devices or None, model_parallel=options.model_parallel, precision=options.precision))
     names = ("checkpoint_minutes", "checkpoint_steps", "keep_checkpoints")
-    settings = {**_pipeline_settings(options), **{name: getattr(options, name) for name in names}}
+    settings = {**pipeline_settings(options), **{name: getattr(options, name) for name in names}}
     documents = None
 
     def run(folder):
         nonlocal documents
-        documents = documents or _documents(options)
+        documents = documents or read_documents(options)
         run_pipeline(documents, folder, **settings)
 
-    folder = _in_a_folder(run, options.out, f"{_stem(options)}-{options.model}", is_unfinished)
-    print(f"kept in {folder}; write with it: aigc-tf generate {folder} ...")
-
-
-def _read_settings(file: Path) -> dict:
-    """Read the settings of a run from its run.json, or from a JSON file of settings alone."""
-    from ..runs.search_space import check_settings
-    from ..runtime.files import parse_json
-
-    text = read_text(file)
-    try:
-        content = parse_json(text)
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON, but: {error}.") from None
-    settings = content.get("settings", content) if isinstance(content, dict) else content
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} must hold settings by name, got {type(settings).__name__}.")
-    return check_settings(settings)
-
-
-def _stem(options) -> str:
-    return Path(os.path.abspath(options.paths[0].removeprefix(_CORPUS))).stem  # that of "." too
-
-
-def _documents(options) -> list[str]:
-    """Load the files and the named corpora of a command."""
-    import warnings
-
-    from ..corpus.corpora import load_corpus
-    from ..corpus.documents import load_documents
-    from ..generation.show import printable
-
-    files = [path for path in options.paths if not path.startswith(_CORPUS)]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        documents = load_documents(files, options.field) if files else []
-    for warning in caught:
-        print(f"aigc-tf: {printable(str(warning.message), sys.stderr)}", file=sys.stderr)
-    for path in options.paths:
-        if path.startswith(_CORPUS):
-            documents += load_corpus(path.removeprefix(_CORPUS))
-    return list(dict.fromkeys(documents))
+    folder = _run_in_folder(run, options.out, f"{default_run_name(options)}-{options.model}", is_unfinished)
+    print(f"saved in {folder}; generate text with it: aigc-tf generate {folder} ...")
 
 
 def _estimate(options) -> None:
@@ -152,7 +115,7 @@ def _estimate(options) -> None:
     from ..runs.pipeline import default_steps
     from ..runs.tables import estimate_table
 
-    train_documents, valid_documents = split(_documents(options), options.valid_fraction)
+    train_documents, valid_documents = split(read_documents(options), options.valid_fraction)
     tokenizer = Tokenizer.train(train_documents, options.unit, options.vocab_size)
     num_tokens = {
         f"{side}_tokens": sum(map(len, tokenizer.encode_documents(documents)))
@@ -171,7 +134,7 @@ def _estimate(options) -> None:
     print(f"{num_tokens['train_tokens']:,} tokens to learn from, seen {passes:.3g} times in {steps:,} steps")
     print(estimate_table(figures))
     if "hours" in figures and "watts" not in figures:
-        print("energy: unknown, as this system does not tell its power; give it with --watts")
+        print("energy: unknown, as this system does not report its power; set it with --watts")
 
 
 def _tune(options) -> None:
@@ -183,10 +146,10 @@ def _tune(options) -> None:
     space = space or {name: values for name, values in DEFAULT_SPACE.items() if name not in fixed}
     if options.trials is None and options.minutes is None:
         options.trials = 20
-    # Always the same folder, as the search goes on there.
-    folder = Path(options.out or Path("runs", f"{_stem(options)}-tune"))
+    # Always the same folder, where the search resumes.
+    folder = Path(options.out or Path("runs", f"{default_run_name(options)}-tune"))
     trials = tune(
-        _documents(options),
+        read_documents(options),
         folder,
         space,
         trials=options.trials,
@@ -194,13 +157,8 @@ def _tune(options) -> None:
         **{"seed": options.seed, **fixed},
     )
     print(trials_table(trials))
-    print(f"the best is kept in {folder / 'best'}; write with it: aigc-tf generate {folder / 'best'} ...")
-
-
-def _pipeline_settings(options) -> dict:
-    from ..runs.pipeline import SETTINGS
-
-    return {name: value for name, value in vars(options).items() if name in SETTINGS and value is not None}
+    best = folder / "best"
+    print(f"the best run is saved in {best}; generate text with it: aigc-tf generate {best} ...")
 
 
 def _evaluate(options) -> None:
@@ -210,7 +168,7 @@ def _evaluate(options) -> None:
     from ..runs.tables import figure_line
 
     run = read_run(options.folder)
-    documents = _documents(options)
+    documents = read_documents(options)
     if options.held_out:
         documents = split(documents, run.get("settings", {}).get("valid_fraction", 0.05))[1]
     model, tokenizer = load(options.folder)
@@ -239,11 +197,11 @@ def _generate(options) -> None:
     check_generation(seed=options.seed, **settings)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples must be at least 1, got {options.num_samples}.")
-    prompts = [prompt for prompt in _prompts(options) for _ in range(options.num_samples)]
+    prompts = [prompt for prompt in read_prompts(options) for _ in range(options.num_samples)]
     from ..runs.folder import load_writer
 
     model, tokenizer = load_writer(options.folder)
-    _name_unseen(tokenizer, prompts)
+    name_unseen_characters(tokenizer, prompts)
     seed = int.from_bytes(os.urandom(4), "big") if options.seed is None else options.seed
     settings.update(engine=options.engine, seed=seed)
     if len(prompts) == 1 and not options.json and not {"best_of", "num_beams"} & set(settings):
@@ -257,9 +215,9 @@ def _generate(options) -> None:
     texts = generate_batch(model, tokenizer, prompts, log_probability=options.json, **settings)
     for i, text in enumerate(texts):
         if options.json:
-            told = {"prompt": prompts[i], "text": text, "seed": seed + i}
-            told |= {name: getattr(text, name) for name in ("new", "finish_reason", "log_probability")}
-            print(as_json(told))
+            fields = {"prompt": prompts[i], "text": text, "seed": seed + i}
+            fields |= {name: getattr(text, name) for name in ("new", "finish_reason", "log_probability")}
+            print(as_json(fields))
             continue
         if i:
             print()
@@ -268,70 +226,37 @@ def _generate(options) -> None:
         print(printable(text.new if options.new_only else text))
 
 
-def _prompts(options) -> list[str]:
-    """Return the prompts of a command, cleaned as documents are."""
-    from ..corpus.cleaning import clean
-
-    if options.prompt_file is None:
-        prompts = [options.prompt]
-    elif options.prompt:
-        raise ValueError("Give a PROMPT or --prompt-file, not both.")
-    else:
-        # Not splitlines, for which form feeds and others end a line too.
-        text = _read_prompts(options.prompt_file).replace("\r\n", "\n")
-        prompts = text.removesuffix("\n").split("\n") if text else []
-    # A line end at the end of a prompt has a meaning: the next line begins.
-    return prompts if options.raw else [clean(prompt) + "\n" * prompt.endswith("\n") for prompt in prompts]
-
-
-def _read_prompts(file: str) -> str:
-    if file != "-":
-        return read_text(file)
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise not_utf8_error("standard input", data, data[error.start], error.start) from None
-
-
-def _name_unseen(tokenizer, prompts: list[str]) -> None:
-    unseen = dict.fromkeys(char for prompt in prompts for char in prompt if tokenizer.piece_id(char) is None)
-    if unseen:
-        shown = " ".join(char if char.isprintable() else ascii(char) for char in unseen)
-        print(f"aigc-tf: this model has never seen {shown}", file=sys.stderr)
-
-
 def _info(options) -> None:
     from ..generation.show import as_json, printable
     from ..runs.folder import read_run, versions
     from ..runs.tables import run_table
 
-    told = read_run(options.folder) if options.folder else versions()
+    content = read_run(options.folder) if options.folder else versions()
     if options.json:
-        print(as_json(told, indent=1))
+        print(as_json(content, indent=1))
         return
-    print(printable(run_table(told).encode("utf-8", "backslashreplace").decode()))
+    print(printable(run_table(content).encode("utf-8", "backslashreplace").decode()))
 
 
-def _in_a_folder(run: Callable[[Path], None], name: str | None, default: str, is_unfinished) -> Path:
-    """Run in the folder named, or in one under runs/: a new one, or one to go on in. Return it."""
+def _run_in_folder(run: Callable[[Path], None], name: str | None, default: str, is_unfinished) -> Path:
+    """Run in the folder that is named, or else in one under `runs/` that is new or to be resumed, and return it."""
 
-    def serves(folder):
+    def is_free(folder):
         return not folder.exists() or (folder.is_dir() and (is_unfinished(folder) or not any(folder.iterdir())))
 
     if name is not None:
         folder = Path(name)
-        if not serves(folder):
+        if not is_free(folder):
             raise FileExistsError(f"{folder} exists and is not empty. Name another folder with --out.")
         run(folder)
         return folder
     for i in itertools.count(1):
         folder = Path("runs", f"{default}-{i}" if i > 1 else default)
-        if serves(folder):
+        if is_free(folder):
             try:
                 run(folder)
                 return folder
-            except BlockingIOError as error:  # another process is at work there
+            except BlockingIOError as error:  # another process runs there
                 if error.filename != str(folder):
                     raise
     raise AssertionError("there is always a next name")

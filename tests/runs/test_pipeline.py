@@ -4,19 +4,10 @@ import pytest
 from conftest import message_of
 
 import aigc_tf
-from aigc_tf.cli.commands import _pipeline_settings
-from aigc_tf.cli.parser import make_parser
 from aigc_tf.runs.pipeline import SETTINGS, default_steps, is_unfinished, run_pipeline
 from aigc_tf.runtime.backend import keras
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
-
-
-def test_the_command_has_the_function_s_settings_and_defaults():
-    options = make_parser().parse_args(["train", "texts"])
-    assert set(SETTINGS) <= set(vars(options))
-    for name, value in _pipeline_settings(options).items():
-        assert value == SETTINGS[name], name
 
 
 @pytest.mark.parametrize("model", ["transformer", "lstm"])
