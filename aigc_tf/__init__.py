@@ -26,7 +26,8 @@ _PUBLIC = {
     "models.networks": ("lstm", "transformer"),
     "models.initialisation": ("initialise",),
     "models.ngram": ("kneser_ney",),
-    "evaluation.bits": ("baselines", "evaluate"),
+    "evaluation.bits": ("evaluate",),
+    "evaluation.baselines": ("baselines",),
     "training.train": ("train",),
     "generation.generate": ("generate", "generate_batch", "stream"),
     "generation.show": ("show",),
@@ -34,7 +35,9 @@ _PUBLIC = {
     "runs.estimate": ("estimate", "memory_warning"),
     "runs.pipeline": ("run_pipeline",),
     "runs.tune": ("tune",),
-    "evaluation.explanation": ("attention_html", "attention_maps", "surprisal", "surprisal_html", "table_html"),
+    "evaluation.surprisal": ("surprisal",),
+    "evaluation.attention": ("attention_maps",),
+    "evaluation.views": ("attention_html", "surprisal_html", "table_html"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 

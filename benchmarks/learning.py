@@ -293,7 +293,7 @@ def prepare(name, path, tokenizer, documents, held_out, seed) -> dict:
     arrays = {"windows": np.array(rows), "counts": data.counts(), "counting": np.array(time.process_time() - began)}
     arrays["embedding"] = model.get_layer("token_embedding").get_weights()[0]
     for half, texts in held_out.items():
-        parts = zip(*bits.batches(tokenizer, texts, context, 64), strict=True)
+        parts = zip(*bits.window_batches(tokenizer, texts, context, 64), strict=True)
         arrays |= {f"{half}_{kind}": np.array(part) for kind, part in zip(("in", "out", "counted"), parts, strict=True)}
         arrays[f"{half}_chars"] = np.array(sum(map(len, texts)))
     path.parent.mkdir(parents=True, exist_ok=True)

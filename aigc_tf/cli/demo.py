@@ -9,7 +9,8 @@ from ..corpus.dataset import as_seed, make_dataset
 from ..corpus.documents import documents_sha256, load_documents
 from ..corpus.splitting import split
 from ..corpus.tokenizer import Tokenizer
-from ..evaluation.bits import baselines, evaluate
+from ..evaluation.baselines import baselines
+from ..evaluation.bits import evaluate
 from ..generation.generate import generate_batch
 from ..models.initialisation import initialise
 from ..models.networks import lstm, transformer

@@ -1,50 +1,49 @@
-"""Evaluation: bits per character on whole documents, and what simple baselines reach on them."""
+"""Bits per character: how well a model predicts whole documents."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from ..corpus.dataset import count_tokens, make_store, sample_tokens
 from ..corpus.documents import check_documents, documents_sha256
 from ..corpus.tokenizer import Tokenizer
 from ..generation.engines.engine import make_engine
 from ..generation.processors import log_softmax
 from ..models.contract import check_model
-from ..models.ngram import Ngram, kneser_ney_from_ids
+from ..models.ngram import Ngram
 from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.backend import keras
 from ..runtime.distribution import predict
 
-VALIDATION_TOKENS = 200_000  # of the held-out documents, in a training: a standard error of some 0.3 %
-FINAL_TOKENS = 1_000_000  # after it
+VALIDATION_TOKENS = 200_000  # of the held-out documents, during training: a standard error of some 0.3 %
+FINAL_TOKENS = 1_000_000  # after training
 _LOGITS_BYTES = 2**25  # of one batch: larger ones are no faster on a CPU
-_BASELINE_ORDER = 5  # the usual one; 6 gains nothing on the shipped poems, and 1.5 % on statutes
-_BASELINE_TOKENS = 10_000_000  # of a larger text slices of so many tokens count
-_ROW_TOKENS = 1_000_000  # predicted in one go
+_ROW_TOKENS = 1_000_000  # that an n-gram model predicts in one go
 
 
 def evaluate(model: keras.Model | Ngram, tokenizer: Tokenizer, documents: list[str]) -> dict[str, float]:
-    """Measure how well a model predicts whole documents.
+    """Measure how well a model predicts whole documents, in bits per character: the lower, the better.
 
-    Each document is read on its own, from its begin; every token and the end of the document is predicted
-    exactly once. One longer than the context T is read in windows that overlap by half, and a token counts
-    where it has more context: always at least T / 2 tokens, unless the document begins within them. Only
-    bits per character can be compared between vocabularies.
+    Bits per character can be compared between models with different vocabularies, the figures per token cannot.
+
+    Each document is read on its own, from its beginning; every token and the end of the document are predicted exactly
+    once. A document longer than the context T is read in windows that overlap by half, so that every token is
+    predicted from at least T / 2 tokens, or from all that come before it.
 
     Args:
-        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; an `Ngram`, which needs no windows; or what
-            `aigc_tf.load_writer` gives, which is read a token at a time: the model itself is faster on many documents.
+        model: a model from ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; an `Ngram`, which needs no
+            windows; or the result of `aigc_tf.load_writer`, which reads one token at a time and is slower than the
+            model itself on many documents.
         tokenizer: the tokenizer the model was trained with.
         documents: the documents, held out from training.
 
     Returns:
-        `dict[str, float]`: "bits_per_char" (the bits of all tokens, end of document among them, per
-        character of the documents), "nats_per_token", "perplexity" (per token), "tokens_per_char", and the
-        numbers "tokens", "chars" and "documents".
+        `dict[str, float]`: "bits_per_char" (the bits of all tokens, including the end of each document, divided by the
+        number of characters), "nats_per_token", "perplexity" (per token), "tokens_per_char", and the totals "tokens",
+        "chars" and "documents".
 
     Raises:
-        ValueError: there is no document, or the model and the tokenizer do not fit.
+        ValueError: there is no document, or the model and the tokenizer do not belong together.
 
     Example:
         >>> from aigc_tf.models.networks import lstm
@@ -54,27 +53,23 @@ def evaluate(model: keras.Model | Ngram, tokenizer: Tokenizer, documents: list[s
         (11, 4.0)
     """
     check_model(model, tokenizer)
+    _require_documents(documents)
     if isinstance(model, Ngram):
-        _require_documents(documents)
-        counts, nats = _ngram_nats(model, tokenizer, documents)
+        counts, nats = ngram_nats(model, tokenizer, documents)
         return _figures(nats, int(counts.sum()), documents)
+    batches = window_batches(tokenizer, documents, model.input_shape[1])
     if isinstance(model, TransformerWeights | LstmWeights):
-        _require_documents(documents)
-        context = model.input_shape[1]
-        given = batches(tokenizer, documents, context, batch_rows(context, tokenizer.vocab_size))
-        return _measure(lambda inputs, targets: weights_nats(model, inputs, targets), given, documents)
-    check_documents(documents)
-    scoring = scorer(model)
-    return evaluate_scorer(scoring, scorer_batches(scoring, tokenizer, documents), documents)
+        return _sum_up(lambda inputs, targets: weights_nats(model, inputs, targets), batches, documents)
+    return evaluate_with_scorer(make_scorer(model), batches, documents)
 
 
 def sample_documents(documents: list[str], tokenizer: Tokenizer, max_tokens: int) -> list[str]:
-    """Choose documents of about so many tokens in all, by a hash of each: always the same ones of the same documents.
+    """Choose documents of about `max_tokens` tokens in all by a hash of each: always the same of the same documents.
 
     Args:
         documents: the documents.
         tokenizer: the tokenizer that counts.
-        max_tokens: how many tokens are enough; of a document that has more characters than that its begin is taken.
+        max_tokens: how many tokens are enough; a document with more characters than that is cut to as many.
 
     Returns:
         `list[str]` in the order given; all documents if they have no more tokens.
@@ -90,10 +85,10 @@ def sample_documents(documents: list[str], tokenizer: Tokenizer, max_tokens: int
     return [documents[i][:max_tokens] for i in sorted(chosen)]
 
 
-def scorer(model: keras.Model) -> keras.Model:
+def make_scorer(model: keras.Model) -> keras.Model:
     """Extend a language model to one from ids and targets `int32 (B, T)` to nats `float32 (B, T)`.
 
-    Whoever evaluates a model again and again makes its scorer once, as it is compiled once.
+    It is compiled at its first use: make it once for repeated evaluations of a model.
     """
     ids = keras.Input(model.input_shape[1:], dtype="int32")
     targets = keras.Input(model.input_shape[1:], dtype="int32")
@@ -101,28 +96,18 @@ def scorer(model: keras.Model) -> keras.Model:
     return keras.Model([ids, targets], nats)
 
 
-def scorer_batches(
-    scoring: keras.Model, tokenizer: Tokenizer, documents: list[str]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield what `evaluate_scorer` evaluates on: whoever does so again and again keeps them in a list."""
-    context = scoring.input_shape[0][1]
-    return batches(tokenizer, documents, context, batch_rows(context, tokenizer.vocab_size))
-
-
-def batch_rows(context: int, vocab_size: int) -> int:
-    """Choose how many windows to evaluate at a time."""
-    return max(1, min(64, _LOGITS_BYTES // (4 * context * vocab_size)))
-
-
-def evaluate_scorer(
-    scoring: keras.Model, given: Iterable, documents: list[str], progress: Callable[[int], None] = lambda done: None
+def evaluate_with_scorer(
+    scorer: keras.Model, batches: Iterable, documents: list[str], progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, float]:
-    """Do what `evaluate` does, given the model's scorer, the batches of the documents, and who counts those done."""
-    return _measure(lambda *batch: predict(scoring, list(batch)), given, documents, progress)
+    """Evaluate as `evaluate` does, given the scorer of a model and the `window_batches` of the documents.
+
+    `progress` is called with the number of batches done.
+    """
+    return _sum_up(lambda *batch: predict(scorer, list(batch)), batches, documents, progress)
 
 
 def weights_nats(weights: TransformerWeights | LstmWeights, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Compute what a scorer does from weights alone: from ids and targets `int32 (B, T)` to nats `float64 (B, T)`."""
+    """Compute what a scorer computes, from weights alone: ids and targets `int32 (B, T)` to nats `float64 (B, T)`."""
     rows = np.arange(len(inputs))
     read, nats = make_engine(weights, len(rows), "numpy").read, np.zeros(inputs.shape)
     for position in np.flatnonzero((targets != Tokenizer.PAD).any(0)):
@@ -131,11 +116,11 @@ def weights_nats(weights: TransformerWeights | LstmWeights, inputs: np.ndarray, 
     return nats
 
 
-def _measure(compute, given: Iterable, documents: list[str], progress=lambda done: None) -> dict[str, float]:
-    """Sum up the nats that `compute` gives for the inputs and targets of batches."""
+def _sum_up(compute, batches: Iterable, documents: list[str], progress=lambda done: None) -> dict[str, float]:
+    """Add up the nats that `compute` returns for the inputs and targets of each batch."""
     _require_documents(documents)
     nats, num_tokens = 0.0, 0
-    for done, (inputs, targets, counted) in enumerate(given):
+    for done, (inputs, targets, counted) in enumerate(batches):
         progress(done)
         nats += float(compute(inputs, targets)[counted].sum(dtype=np.float64))
         num_tokens += int(counted.sum())
@@ -162,54 +147,8 @@ def _figures(nats: float, num_tokens: int, documents: list[str]) -> dict[str, fl
     }
 
 
-def baselines(
-    tokenizer: Tokenizer, train_documents: list[str] | np.ndarray, valid_documents: list[str]
-) -> dict[str, float]:
-    """Compute what models without a neural network reach, as a scale for a model's figure.
-
-    Args:
-        tokenizer: the tokenizer of the model to compare with.
-        train_documents: the documents to count in, or the ids of a store (`make_store`, `open_store`).
-        valid_documents: the documents to predict.
-
-    Returns:
-        `dict[str, float]` of bits per character on `valid_documents`: "uniform" (all V tokens alike),
-        "frequency" (each token as often as in training, one added to every count; with `unit="char"` the
-        character frequencies) and "5-gram" (see `kneser_ney`; of more than 10 million tokens it counts as many, in
-        slices that lie evenly over the text).
-
-    Raises:
-        ValueError: there is no document to count in, or none to predict.
-
-    Example:
-        >>> tokenizer = Tokenizer.train(["春眠不觉晓，"])
-        >>> {name: round(bits, 2) for name, bits in baselines(tokenizer, ["春眠不觉晓，"], ["春晓，"]).items()}
-        {'uniform': 10.73, 'frequency': 9.45, '5-gram': 3.44}
-    """
-    check_documents(train_documents)
-    check_documents(valid_documents)
-    if not len(train_documents) or not any(valid_documents):
-        raise ValueError(
-            "Baselines need at least one document to count in and at least one that is not empty to predict, "
-            f"got {len(train_documents)} and {len(valid_documents)}."
-        )
-    is_store = isinstance(train_documents, np.ndarray)
-    ids = train_documents if is_store else make_store(train_documents, tokenizer)
-    ngram = kneser_ney_from_ids(sample_tokens(ids, _BASELINE_TOKENS), tokenizer.vocab_size, _BASELINE_ORDER)
-    valid_counts, ngram_nats = _ngram_nats(ngram, tokenizer, valid_documents)
-    train_counts = count_tokens(ids, tokenizer.vocab_size)
-    train_counts[tokenizer.BOS] = 0
-    frequency_bits = -(valid_counts * np.log2((train_counts + 1) / (train_counts + 1).sum())).sum()
-    num_chars = sum(map(len, valid_documents))
-    return {
-        "uniform": float(valid_counts.sum() * math.log2(tokenizer.vocab_size) / num_chars),
-        "frequency": float(frequency_bits / num_chars),
-        f"{_BASELINE_ORDER}-gram": float(ngram_nats / math.log(2) / num_chars),
-    }
-
-
-def _ngram_nats(ngram: Ngram, tokenizer: Tokenizer, documents: Iterable[str]) -> tuple[np.ndarray, float]:
-    """Return how often each token and end of the documents is predicted, `int64 (V,)`, and the nats of all."""
+def ngram_nats(ngram: Ngram, tokenizer: Tokenizer, documents: Iterable[str]) -> tuple[np.ndarray, float]:
+    """Return how often each token is predicted in documents, `int64 (V,)`, and the nats of all predictions."""
     counts, nats = np.zeros(tokenizer.vocab_size, np.int64), 0.0
     for ids in _rows(tokenizer.encode_documents(documents)):
         counts += np.bincount(ids, minlength=tokenizer.vocab_size)
@@ -219,7 +158,7 @@ def _ngram_nats(ngram: Ngram, tokenizer: Tokenizer, documents: Iterable[str]) ->
 
 
 def _rows(encoded: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Put documents one after the other, in rows of about a million tokens."""
+    """Concatenate documents to rows of about a million tokens."""
     row, size = [], 0
     for ids in encoded:
         row.append(ids)
@@ -231,21 +170,26 @@ def _rows(encoded: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         yield np.concatenate(row)
 
 
-def _windows(ids: np.ndarray, context: int) -> Iterator[tuple[int, int]]:
-    """Yield where each window begins, and from where on its predictions count: each exactly once."""
-    num_predictions = len(ids) - 1
-    counted = 0
-    while counted < num_predictions:
-        # A window that is not the first keeps half of its tokens as context for the other half.
-        start = 0 if counted == 0 else max(0, min(counted - context // 2, num_predictions - context))
-        yield start, counted
-        counted = start + context
+def batch_rows(context: int, vocab_size: int) -> int:
+    """Choose how many windows to evaluate at a time."""
+    return max(1, min(64, _LOGITS_BYTES // (4 * context * vocab_size)))
 
 
-def batches(
-    tokenizer: Tokenizer, documents: list[str], context: int, batch_size: int
+def window_batches(
+    tokenizer: Tokenizer, documents: list[str], context: int, batch_size: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (inputs, targets, counted), each (B, T), all of one shape: rows are filled up with padding."""
+    """Yield the windows of documents as batches of one shape: the last rows are padding.
+
+    Args:
+        tokenizer: the tokenizer.
+        documents: the documents.
+        context: T, the length of a window.
+        batch_size: B, by default chosen by `batch_rows`.
+
+    Returns:
+        An iterator over inputs `int32 (B, T)`, targets `int32 (B, T)`, and which predictions count, `bool (B, T)`.
+    """
+    batch_size = batch_size or batch_rows(context, tokenizer.vocab_size)
     rows = [(ids, *window) for ids in tokenizer.encode_documents(documents) for window in _windows(ids, context)]
     for first in range(0, len(rows), batch_size):
         inputs, targets = np.full((2, batch_size, context), tokenizer.PAD, np.int32)
@@ -256,3 +200,14 @@ def batches(
             targets[row, : len(window) - 1] = window[1:]
             counted[row, counted_from - start : len(window) - 1] = True
         yield inputs, targets, counted
+
+
+def _windows(ids: np.ndarray, context: int) -> Iterator[tuple[int, int]]:
+    """Yield the start of each window, and the first prediction in it that counts: each counts exactly once."""
+    num_predictions = len(ids) - 1
+    counted = 0
+    while counted < num_predictions:
+        # Every window but the first keeps half of its tokens as context for the other half.
+        start = 0 if counted == 0 else max(0, min(counted - context // 2, num_predictions - context))
+        yield start, counted
+        counted = start + context

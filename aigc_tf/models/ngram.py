@@ -68,6 +68,7 @@ class Ngram:
     def __init__(self, vocab_size: int, levels: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]):
         self.vocab_size = vocab_size
         self.order = len(levels)
+        self.name = f"{self.order}-gram"
         context = max(1, self.order - 1)
         self.input_shape, self.output_shape = (None, context), (None, context, vocab_size)
         self._levels = levels

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from ..evaluation.bits import FINAL_TOKENS, VALIDATION_TOKENS, batch_rows, scorer
+from ..evaluation.bits import FINAL_TOKENS, VALIDATION_TOKENS, batch_rows, make_scorer
 from ..models.networks import build
 from ..models.sizes import check_at_least_1, dimensions
 from ..runtime.backend import keras, tf
@@ -259,7 +259,7 @@ def _measure(
 
 def _seconds_per_token(model, vocab_size: int, context: int, seconds: float) -> float:
     """Evaluate random ids as a validation does, whose windows are full."""
-    scoring = scorer(model)
+    scoring = make_scorer(model)
     text = np.random.default_rng(0).integers(0, vocab_size, 64 * context, dtype=np.int32).reshape(64, context)
     rows = text[: batch_rows(context, vocab_size)]
     predict(scoring, [rows, rows])  # the first compiles

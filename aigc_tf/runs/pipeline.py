@@ -10,7 +10,8 @@ from ..corpus.dataset import as_seed, make_dataset
 from ..corpus.documents import documents_sha256
 from ..corpus.segmentation import as_user_dict, remove_stopwords
 from ..corpus.splitting import MAX_PIECE_CHARS, split
-from ..evaluation.bits import FINAL_TOKENS, baselines, evaluate, sample_documents
+from ..evaluation.baselines import baselines
+from ..evaluation.bits import FINAL_TOKENS, evaluate, sample_documents
 from ..generation.generate import generate
 from ..models.initialisation import initialise
 from ..models.networks import build

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from ..evaluation.bits import VALIDATION_TOKENS, evaluate_scorer, sample_documents, scorer, scorer_batches
+from ..evaluation.bits import VALIDATION_TOKENS, evaluate_with_scorer, make_scorer, sample_documents, window_batches
 from ..generation.show import in_notebook
 from ..runtime.backend import keras, tf
 from ..runtime.distribution import hosts_are_to_stop, is_first_host, num_hosts
@@ -75,9 +75,9 @@ class Session(keras.callbacks.Callback):
     ):
         super().__init__()
         self.language_model = model
-        self.scoring = scorer(model)
+        self.scorer = make_scorer(model)
         self.documents = sample_documents(documents, tokenizer, VALIDATION_TOKENS)
-        self.batches = list(scorer_batches(self.scoring, tokenizer, self.documents))
+        self.batches = list(window_batches(tokenizer, self.documents, model.input_shape[1]))
         self.schedule, self.display = schedule, display
         self.steps, self.steps_per_validation = steps, steps_per_validation
         self.tokens_per_step, self.num_microbatches = tokens_per_step, num_microbatches
@@ -206,7 +206,7 @@ class Session(keras.callbacks.Callback):
         ended, loss = time.perf_counter(), float(logs["loss"])
         self._check_is_number("loss", loss)
         trained = self.model  # on JAX this brings the weights up to date
-        bits = evaluate_scorer(self.scoring, self.batches, self.documents, self._show_validation)["bits_per_char"]
+        bits = evaluate_with_scorer(self.scorer, self.batches, self.documents, self._show_validation)["bits_per_char"]
         self._check_is_number("bits per character on the held-out documents", bits)
         is_best = bits < min(self.history["bits_per_char"], default=math.inf)
         if is_best:

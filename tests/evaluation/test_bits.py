@@ -3,8 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from aigc_tf import Tokenizer, baselines, evaluate, make_store
-from aigc_tf.evaluation import bits
+from aigc_tf import Tokenizer, baselines, evaluate
 from aigc_tf.evaluation.bits import _windows
 from aigc_tf.models.ngram import kneser_ney
 from aigc_tf.runtime.backend import keras
@@ -89,45 +88,6 @@ def test_bytes_count_as_part_of_their_character():
     assert figures["bits_per_char"] == pytest.approx(4 * math.log2(tokenizer.vocab_size))
 
 
-def test_the_frequency_baseline_by_hand():
-    tokenizer = Tokenizer.train(["春春夏"])
-    (a,) = tokenizer.encode("春")
-    total = 4 + tokenizer.vocab_size  # three characters and an end, and one for each token
-    expected = -(math.log2(3 / total) + math.log2(2 / total)) / 1
-    assert baselines(tokenizer, ["春春夏"], ["春"])["frequency"] == pytest.approx(expected)
-    assert a != tokenizer.EOS
-
-
-def test_the_ngram_baseline_is_kneser_ney(documents, tokenizer):
-    bits = baselines(tokenizer, documents[:40], documents[40:])
-    assert list(bits) == ["uniform", "frequency", "5-gram"]
-    expected = evaluate(kneser_ney(documents[:40], tokenizer, order=5), tokenizer, documents[40:])
-    assert bits["5-gram"] == pytest.approx(expected["bits_per_char"])
-    assert bits["5-gram"] < bits["frequency"] < bits["uniform"]
-
-
-def test_of_very_much_text_the_ngram_baseline_counts_slices(documents, tokenizer, monkeypatch):
-    whole = baselines(tokenizer, documents[:40], documents[40:])
-    num_tokens = sum(map(len, documents[:40])) + 2 * 40
-    monkeypatch.setattr(bits, "_BASELINE_TOKENS", num_tokens)
-    assert baselines(tokenizer, documents[:40], documents[40:]) == whole
-    monkeypatch.setattr(bits, "_BASELINE_TOKENS", num_tokens // 2)
-    half = baselines(tokenizer, documents[:40], documents[40:])
-    assert whole["5-gram"] < half["5-gram"] < whole["uniform"]
-    assert half["frequency"] == whole["frequency"]
-
-
-def test_baselines_count_in_a_store_too(documents, tokenizer, tmp_path):
-    store = make_store(documents[:40], tokenizer, tmp_path / "store")
-    assert baselines(tokenizer, store, documents[40:]) == baselines(tokenizer, documents[:40], documents[40:])
-
-
-def test_held_out_documents_are_predicted_alike_in_rows_of_any_length(documents, tokenizer, monkeypatch):
-    whole = baselines(tokenizer, documents[:40], documents[40:])
-    monkeypatch.setattr(bits, "_ROW_TOKENS", 30)
-    assert baselines(tokenizer, documents[:40], documents[40:]) == pytest.approx(whole, rel=1e-12)
-
-
 def test_an_ngram_model_gets_the_figures_of_a_keras_model(documents, tokenizer):
     of_ngram = evaluate(kneser_ney(documents, tokenizer, order=2), tokenizer, documents)
     of_keras = evaluate(uniform_model(tokenizer.vocab_size, 16), tokenizer, documents)
@@ -159,12 +119,6 @@ def test_what_cannot_be_measured_is_said(tokenizer):
         evaluate(model, tokenizer, [])
     with pytest.raises(ValueError, match="at least one document that is not empty, got none"):
         evaluate(model, tokenizer, [""])
-    with pytest.raises(ValueError, match="at least one document"):
-        baselines(tokenizer, ["春"], [])
-    with pytest.raises(ValueError, match="not empty to predict"):
-        baselines(tokenizer, ["春"], [""])
-    with pytest.raises(ValueError, match="got 0 and 1"):
-        baselines(tokenizer, [], ["春"])
     with pytest.raises(ValueError, match="at least one document that is not empty, got none"):
         evaluate(kneser_ney(["春"], tokenizer), tokenizer, [])
     with pytest.raises(ValueError, match="same vocabulary size, got 5 and"):

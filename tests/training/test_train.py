@@ -220,7 +220,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step(build, documents, tokenize
 
 
 def test_a_held_out_figure_that_is_no_number_stops_with_the_step(build, documents, tokenizer, monkeypatch):
-    monkeypatch.setattr("aigc_tf.training.session.evaluate_scorer", lambda *args: {"bits_per_char": math.nan})
+    monkeypatch.setattr("aigc_tf.training.session.evaluate_with_scorer", lambda *args: {"bits_per_char": math.nan})
     with pytest.raises(ValueError, match="The bits per character on the held-out documents became nan at step 4"):
         run(build, documents, tokenizer)
 
