@@ -1,4 +1,4 @@
-"""Banned words: which tokens hold one, and which would complete one after a text, however its beginning is spelt."""
+"""Banned words: which tokens contain one, and which would complete one after a text, in any tokenisation."""
 
 import bisect
 import functools
@@ -10,24 +10,23 @@ from ..corpus import utf8
 
 
 class BannedWords:
-    """Banned words, made ready for a vocabulary.
+    """Banned words, prepared for a vocabulary.
 
-    The ban is closed upwards: the beginning of a character all of whose endings are banned is banned as well, as
-    nothing could follow it.
+    The first bytes of a character are banned too if every way to complete it is banned, as nothing could follow them.
 
     Args:
         words: in UTF-8.
-        token_bytes: what each token stands for.
+        token_bytes: the bytes of each token.
 
     Attributes:
-        held: the tokens that hold a word, a list of ids.
-        longest: how many bytes of a text tell at most what would complete a word.
+        containing: the ids of the tokens that contain a word.
+        longest: how many of the newest bytes of a text decide at most what would complete a word.
     """
 
     def __init__(self, words: Iterable[bytes], token_bytes: Sequence[bytes]):
         words = _closed(set(words))
         self._token_bytes = token_bytes
-        self.held = [i for i, data in enumerate(token_bytes) if _holds(data, words, set(map(len, words)))]
+        self.containing = [i for i, data in enumerate(token_bytes) if _contains(data, words, set(map(len, words)))]
         self._words = sorted(word for word in words if len(word) > 1)
         self.longest = max(map(len, self._words), default=1) - 1
         self._ids = sorted(range(len(token_bytes)), key=token_bytes.__getitem__)
@@ -38,7 +37,7 @@ class BannedWords:
         """Return the tokens that would complete a word after a text of ids (T,), -1 for none: ids `int64`."""
         data = b"".join(self._token_bytes[i] for i in text[-self.longest :] if i >= 0)
         ends = (data[first:] for first in range(max(0, len(data) - self.longest), len(data)))
-        found = [self._completing(end) for end in ends if begins(end, self._words)]
+        found = [self._completing(end) for end in ends if is_prefix(end, self._words)]
         return np.concatenate([np.zeros(0, np.int64), *found])
 
     def _find_completing(self, beginning: bytes) -> np.ndarray:
@@ -49,18 +48,18 @@ class BannedWords:
         return np.array(sorted(ids), np.int64)
 
 
-def begins(beginning: bytes, ordered: list[bytes]) -> bool:
-    """Tell whether one of some words, which are in order, begins so."""
+def is_prefix(beginning: bytes, ordered: list[bytes]) -> bool:
+    """Return whether one of some words, which are sorted, begins so."""
     first = bisect.bisect_left(ordered, beginning)
     return first < len(ordered) and ordered[first].startswith(beginning)
 
 
 def _range(beginning: bytes, ordered: list[bytes]) -> tuple[int, int]:
-    # No byte of UTF-8 is 255: all that begin so stand before this.
+    # No byte of UTF-8 is 255, so all words that begin so sort before this.
     return bisect.bisect_left(ordered, beginning), bisect.bisect_left(ordered, beginning + b"\xff")
 
 
-def _holds(data: bytes, words: set[bytes], sizes: set[int]) -> bool:
+def _contains(data: bytes, words: set[bytes], sizes: set[int]) -> bool:
     return any(data[i : i + size] in words for size in sizes for i in range(len(data) - size + 1))
 
 
@@ -76,7 +75,7 @@ def _closed(words: set[bytes]) -> set[bytes]:
         return pending and all(any(data[-size:] in words for size in sizes) for data in grown)
 
     ends = words
-    while ends:  # one byte less of a character each time
+    while ends:  # a byte less of a character each time
         sizes = set(map(len, words))
         ends = {beginning for beginning in {word[:-1] for word in ends} if is_dead(beginning, sizes)}
         words = words | ends

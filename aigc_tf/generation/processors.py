@@ -1,9 +1,8 @@
-"""Sampling: pure functions from logits to logits, and one from logits to ids.
+"""Processors: temperature, top-k, top-p, min-p, typical sampling and penalties, as pure functions on logits.
 
-All work along the last axis, on any number of leading ones; a token that must not come has the logit
-minus infinity. They take NumPy arrays and give NumPy arrays, without loading Keras; tensors of Keras they
-give back as such, so they also run inside a compiled loop. Batch are ids `int (..., T)`, the newest at the right
-end; where there is no token an id is -1.
+All work along the last axis, with any number of leading axes. A token that must not come has the logit minus infinity.
+NumPy arrays give NumPy arrays, without loading Keras; Keras tensors give tensors, so the functions also run inside a
+compiled loop. Texts are ids `int (..., T)`, the newest at the right end, -1 where there is no token.
 """
 
 import math
@@ -12,7 +11,7 @@ import numpy as np
 
 
 def library_of(x):
-    """Return the library of an array, `numpy` or `keras.ops`: both know the functions used here."""
+    """Return the module that handles an array, `numpy` or `keras.ops`, which share the functions used here."""
     if isinstance(x, (np.ndarray, np.generic)):
         return np
     from ..runtime.backend import keras
@@ -21,29 +20,29 @@ def library_of(x):
 
 
 def apply_temperature(logits, temperature: float):
-    """Divide logits by a temperature: below 1 the likely gets likelier, above 1 the odds level out.
+    """Divide logits by a temperature: below 1 sharpens the distribution, above 1 flattens it.
 
     Args:
         logits: (..., V), float; at least one above minus infinity.
-        temperature: above 0. (For 0 take `ops.argmax`.)
+        temperature: above 0. (For 0 use argmax.)
 
     Returns:
-        Logits (..., V), the largest of them 0, so that none overflows but to minus infinity.
+        Logits (..., V), the largest of them 0, so that none overflows except to minus infinity.
     """
     with np.errstate(over="ignore"):
         return (logits - library_of(logits).max(logits, axis=-1, keepdims=True)) / temperature
 
 
 def top_k(logits, k: int):
-    """Take the k most likely tokens; of equal ones at the border, those with the lowest ids.
+    """Keep only the k most likely tokens; of equal ones at the border, those with the lowest ids.
 
     Args:
         logits: (..., V), float.
-        k: how many tokens to take, at least 1; all, where there are fewer.
+        k: how many tokens to keep, at least 1; all if there are fewer.
 
     Returns:
-        Their logits (..., k) and their ids `int32 (..., k)`, by rising id: the other functions work on these
-        shorter rows as well, and `draw` then gives a place among them.
+        Their logits (..., k) and their ids `int32 (..., k)`, by ascending id. The other functions work on these
+        shorter rows as well; `draw` then returns an index into them.
 
     Example:
         >>> logits, ids = top_k(np.array([[1.0, 3.0, 2.0]]), 2)
@@ -102,7 +101,7 @@ def keep_min_p(logits, p: float):
 
 
 def keep_typical(logits, p: float):
-    """Keep the tokens whose surprisal is nearest to the expected one, the fewest that sum to at least p.
+    """Keep the fewest tokens whose probabilities sum to at least p, those of surprisal nearest to the entropy first.
 
     Args:
         logits: (..., V), float.
@@ -128,10 +127,10 @@ def keep_typical(logits, p: float):
 
 
 def count_tokens(ids, vocab_size: int):
-    """Count how often each token stands in a text.
+    """Count how often each token occurs in a text.
 
     Args:
-        ids: `int (..., T)`; -1 counts for nothing.
+        ids: `int (..., T)`; -1 is not counted.
         vocab_size: V.
 
     Returns:
@@ -144,7 +143,7 @@ def count_tokens(ids, vocab_size: int):
     ops = library_of(ids)
     if ops is np:
         rows = ids.reshape(math.prod(ids.shape[:-1]), ids.shape[-1])
-        width = vocab_size + 1  # the first place of a row counts its -1
+        width = vocab_size + 1  # the first column counts -1
         places = np.arange(len(rows))[:, None] * width + rows + 1
         counts = np.bincount(places.ravel(), minlength=len(rows) * width)
         return counts.reshape(*ids.shape[:-1], width)[..., 1:].astype(np.int32)
@@ -153,15 +152,15 @@ def count_tokens(ids, vocab_size: int):
 
 
 def penalize_repetition(logits, counts, penalty: float):
-    """Multiply the log-probability of tokens that stand in the text by a penalty, so that 2 squares the probability.
+    """Multiply the log-probability of tokens that occur in the text by a penalty: 2 squares the probability.
 
-    The published form divides positive logits and multiplies negative ones, so it depends on where logits have
-    their zero; log-probabilities are never positive.
+    The published form divides positive logits and multiplies negative ones, so it depends on a constant that may be
+    added to all logits. Log-probabilities are never positive.
 
     Args:
         logits: (..., V), float.
-        counts: how often each token stands in the text, (..., V).
-        penalty: above 0; 1 changes nothing, more makes what was there less likely.
+        counts: how often each token occurs in the text, (..., V).
+        penalty: above 0; 1 changes nothing, more makes tokens of the text less likely.
 
     Returns:
         Log-probabilities (..., V), not normalised.
@@ -175,13 +174,13 @@ def penalize_repetition(logits, counts, penalty: float):
 
 
 def penalize_counts(logits, counts, presence: float, frequency: float):
-    """Lower the logits of tokens that stand in the text, once and for each time.
+    """Lower the logits of tokens that occur in the text, once and for each occurrence.
 
     Args:
         logits: (..., V), float.
-        counts: how often each token stands in the text, (..., V).
-        presence: taken off once.
-        frequency: taken off as many times as the token stands there.
+        counts: how often each token occurs in the text, (..., V).
+        presence: subtracted once.
+        frequency: subtracted once for each occurrence.
 
     Returns:
         Logits (..., V).
@@ -192,14 +191,15 @@ def penalize_counts(logits, counts, presence: float, frequency: float):
 
 
 def repeating_tokens(ids, n: int):
-    """Tell which tokens would complete an n-gram that the text already holds.
+    """Find the tokens that would complete an n-gram that the text already contains.
 
     Args:
         ids: the text, `int (..., T)`.
-        n: tokens of an n-gram, at least 1.
+        n: how many tokens make an n-gram, at least 1.
 
     Returns:
-        Token ids, as many as there are n-grams in T, -1 where one differs: `int (..., max(0, T - n + 1))`.
+        For each n-gram of the text its last token if the text ends in its first n - 1 tokens, else -1:
+        `int (..., max(0, T - n + 1))`.
 
     Example:
         >>> repeating_tokens(np.array([[5, 6, 7, 5, 6]]), 3).tolist()
@@ -220,8 +220,8 @@ def draw(logits, uniforms):
 
     Args:
         logits: (..., V), float; minus infinity has probability 0.
-        uniforms: (...), float, uniform in [0, 1): the only source of chance, so equal numbers draw equal
-            tokens on every backend.
+        uniforms: (...), float, uniform in [0, 1). They are the only randomness, so equal numbers draw equal tokens
+            on every backend.
 
     Returns:
         Token ids, `int32` (...).
@@ -234,21 +234,21 @@ def draw(logits, uniforms):
     """
     ops = library_of(logits)
     probabilities = softmax(logits)
-    # XLA sums in a tree, so a sum may rise by a rounding where nothing is added, and fall where something is: only
-    # tokens that can come count. Scaled by the largest sum, which rounding leaves beside 1, the threshold stays below.
+    # XLA sums in a tree, so by rounding a sum may rise where 0 is added, and fall where more is: so only possible
+    # tokens count. The largest sum, which rounding leaves near 1, scales the threshold so that it stays below it.
     cumulative = ops.where(probabilities > 0, ops.cumsum(probabilities, axis=-1), 0.0)
     threshold = ops.expand_dims(uniforms, -1) * ops.max(cumulative, axis=-1, keepdims=True)
     return ops.argmax(ops.where(cumulative > threshold, 1, 0), axis=-1)
 
 
 def sample(logits, uniforms, temperature=None, k=None, typical_p=None, top_p=None, min_p=None):
-    """Choose a token from each row: draw from what the settings keep, one after the other in this order.
+    """Choose a token from each row: apply the settings in the order of the arguments, then draw.
 
     Args:
         logits: (..., V), float.
         uniforms: (...), float, uniform in [0, 1).
         temperature: None takes the likeliest token.
-        k: see `top_k`; None for all tokens, like the following.
+        k: see `top_k`; None for all tokens, as for the following.
         typical_p: see `keep_typical`.
         top_p: see `keep_top_p`.
         min_p: see `keep_min_p`.
@@ -288,7 +288,7 @@ def softmax(logits):
 
 
 def log_softmax(logits):
-    """Turn logits into logarithms of probabilities.
+    """Turn logits into log-probabilities.
 
     Args:
         logits: (..., V), float; at least one above minus infinity.
@@ -302,7 +302,7 @@ def log_softmax(logits):
 
 
 def _count_to_reach(ordered, p: float):
-    """Count how many of the first probabilities of each row sum to at least p, at least one: (..., 1)."""
+    """Count how many of the first probabilities of each row it takes to sum to at least p, at least one: (..., 1)."""
     ops = library_of(ordered)
     before = ops.cumsum(ordered, axis=-1) - ordered
     return ops.maximum(1, ops.sum(ops.where(before < p, 1, 0), axis=-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Live: show(), texts on the screen while they are written."""
+"""Show: show(), which displays texts while they are written, and text made safe for a terminal."""
 
 import html
 import json
@@ -7,22 +7,22 @@ import sys
 import time
 from collections.abc import Iterator
 
-# What a terminal would obey, not show: control characters but new lines and tabs, and those that turn the direction.
+# What a terminal would obey, not show: control characters except newline and tab, and those that change direction.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _ESCAPED = re.compile(f"{_COMMANDS.pattern}|[\ud800-\udfff]")
-_SECONDS_BETWEEN = 0.05  # of two drawings in a notebook: more often is not seen, and slows the writing
+_SECONDS_BETWEEN = 0.05  # updates in a notebook: more often is not seen, and slows the writing
 
 
 def show(*streams: Iterator[str]) -> list[str]:
-    """Show streams while they are written: in a notebook side by side, in a terminal one after another.
+    """Display streams while they are written: side by side in a notebook, one after another in a terminal.
 
-    Ctrl-C, or the notebook's button that interrupts, ends the writing, and what was written is returned.
+    Ctrl-C, or the interrupt button of a notebook, ends the writing; what was written up to then is returned.
 
     Args:
-        *streams: what `aigc_tf.stream` gave, or other iterators over `str`.
+        *streams: what `stream` returned, or other iterators over `str`.
 
     Returns:
-        `list[str]`, the text of each stream.
+        `list[str]`, the whole text of each stream.
 
     Example:
         >>> texts = show(iter(["春", "眠"]))
@@ -40,18 +40,18 @@ def show(*streams: Iterator[str]) -> list[str]:
 
 
 def printable(text: str, file=None) -> str:
-    """Return a text for a file, by default standard output: where that is a terminal, without commands to it."""
+    """Return a text to print to a file (default: standard output), without control characters if it is a terminal."""
     return _COMMANDS.sub("\ufffd", text) if (file or sys.stdout).isatty() else text
 
 
 def as_json(content, **layout) -> str:
-    """Write content as JSON that a terminal only shows: what it would obey, and what UTF-8 lacks, is escaped."""
+    """Write content as JSON, with escapes for control characters and for what UTF-8 cannot encode."""
     text = json.dumps(content, ensure_ascii=False, **layout)
     return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def in_notebook() -> bool:
-    """Tell whether this process runs the cells of a notebook; a script that imports what notebooks need does not."""
+    """Return whether this process runs the cells of a notebook, not just a script that imports IPython."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")  # Jupyter's and Colab's
@@ -80,14 +80,14 @@ def _write_in_notebook(streams, texts) -> None:
 
 
 def _in_turns(streams, texts) -> Iterator[None]:
-    """Take a piece of each stream in turn and add it to its text."""
-    going = dict(enumerate(streams))
-    while going:
-        for i in list(going):
+    """Take a piece of each stream in turn, and append it to its text."""
+    unfinished = dict(enumerate(streams))
+    while unfinished:
+        for i in list(unfinished):
             try:
-                texts[i] += next(going[i])
+                texts[i] += next(unfinished[i])
             except StopIteration:
-                del going[i]
+                del unfinished[i]
             yield
 
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from aigc_tf.generation.batch import Batch, Noise
+from aigc_tf.generation.batch import Batch, RandomNumbers
 from aigc_tf.generation.engines.engine import Engine
-from aigc_tf.generation.writer import write_on
+from aigc_tf.generation.writer import write_steps
 
 
 class Memory:
@@ -66,13 +66,13 @@ def test_a_text_that_has_ended_is_left_alone():
     texts = Batch(memory.make_engine(), [[5], [6, 7], [8]])
     texts.read(np.arange(3))
     texts.write(np.arange(3), np.array([1, 2, 3]))
-    going = np.array([0, 2])
-    assert ids_of(texts.read(going)) == [[5, 1], [8, 3]]
-    texts.write(going, np.array([11, 13]))
+    active = np.array([0, 2])
+    assert ids_of(texts.read(active)) == [[5, 1], [8, 3]]
+    texts.write(active, np.array([11, 13]))
     assert texts.so_far(np.arange(3)).tolist() == [[-1, 5, 1, 11], [6, 7, 2, -1], [-1, 8, 3, 13]]
-    assert texts.so_far(going).tolist() == [[-1, 5, 1, 11], [-1, 8, 3, 13]]
+    assert texts.so_far(active).tolist() == [[-1, 5, 1, 11], [-1, 8, 3, 13]]
     assert [written(texts, row) for row in range(3)] == [[1, 11], [2], [3, 13]]
-    assert ids_of(texts.read(going)) == [[5, 1, 11], [8, 3, 13]]
+    assert ids_of(texts.read(active)) == [[5, 1, 11], [8, 3, 13]]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8])
@@ -141,14 +141,14 @@ def test_what_was_written_before_is_no_prompt():
 
 
 def test_numbers_are_those_of_each_seed_however_they_are_asked_for():
-    chance = Noise([3, (3, 1)])
+    rng = RandomNumbers([3, (3, 1)])
     expected = [np.random.default_rng(seed).random(1000) for seed in (3, (3, 1))]
-    np.testing.assert_array_equal(chance.take(np.arange(2), 0, 5), [row[:5] for row in expected])
-    np.testing.assert_array_equal(chance.take(np.array([1]), 990, 10), [expected[1][990:]])
+    np.testing.assert_array_equal(rng.take(np.arange(2), 0, 5), [row[:5] for row in expected])
+    np.testing.assert_array_equal(rng.take(np.array([1]), 990, 10), [expected[1][990:]])
     np.testing.assert_array_equal(
-        chance.take(np.array([1, 0]), np.array([70, 3]), 4), [expected[1][70:74], expected[0][3:7]]
+        rng.take(np.array([1, 0]), np.array([70, 3]), 4), [expected[1][70:74], expected[0][3:7]]
     )
-    assert len(np.unique(chance.take(np.arange(2), 0, 1000))) == 2000
+    assert len(np.unique(rng.take(np.arange(2), 0, 1000))) == 2000
 
 
 def compiled_texts(num_positions):
@@ -167,7 +167,7 @@ def compiled_texts(num_positions):
 class AnySampler:
     eos, depends_on_text, sampling_args = 2, False, None
 
-    def check_numbers(self, chosen):
+    def check_finite(self, chosen):
         return chosen
 
     def pending(self, texts, rows):
@@ -182,14 +182,14 @@ def test_a_compiled_loop_fills_the_context_and_no_more():
     texts.read(np.array([0]))
     texts.write(np.array([0]), np.array([7]))
     # The newest of three tokens is still to be read, at position 2; so seven are read, of which each gives another.
-    assert texts.can_write_on(np.array([0])) == 7
-    texts.write_on(np.array([0]), np.zeros((1, 7)), AnySampler())
-    assert texts.can_write_on(np.array([0])) == 0
+    assert texts.num_compiled_steps(np.array([0])) == 7
+    texts.write_compiled(np.array([0]), np.zeros((1, 7)), AnySampler())
+    assert texts.num_compiled_steps(np.array([0])) == 0
     assert asked == [7]
 
 
 def test_compiled_stretches_grow():
     texts, asked = compiled_texts(5000)
-    steps = write_on(texts, AnySampler(), Noise([0]), 3000, np.zeros(1, bool))
+    steps = write_steps(texts, AnySampler(), RandomNumbers([0]), 3000, np.zeros(1, bool))
     assert sum(1 for _ in steps) == 3000
     assert len(asked) < 300

@@ -34,18 +34,18 @@ def model(build):
 
 
 def search(model, prompts, num_beams, max_new_tokens, length_penalty=1.0, kind="numpy", **settings):
-    """Search with one of the decoders; return the texts written, and the number of steps it took."""
+    """Search with one of the engines; return the texts written, and the number of steps it took."""
     if kind == "plain":
-        decoder = make_engine(getattr(model, "longer", model), len(prompts) * num_beams, "model")
+        engine = make_engine(getattr(model, "longer", model), len(prompts) * num_beams, "model")
         if not hasattr(model, "longer"):
-            decoder = decoder._replace(num_positions=T)
+            engine = engine._replace(num_positions=T)
     else:
-        decoder = make_engine(model, len(prompts) * num_beams, "numba" if kind == "compiled" else "numpy")
+        engine = make_engine(model, len(prompts) * num_beams, "numba" if kind == "compiled" else "numpy")
     ids = [[BOS, *TOKENIZER.encode(prompt)] for prompt in prompts for _ in range(num_beams)]
-    texts = Batch(decoder, ids)
+    texts = Batch(engine, ids)
     sampler = Sampler(TOKENIZER, check_sampling(**settings))
     found = search_beams(texts, sampler, num_beams, max_new_tokens, length_penalty)
-    return ["".join(TOKENIZER.decode_stream(ids, cut=True)) for ids in found], texts.now - max(map(len, ids))
+    return ["".join(TOKENIZER.decode_stream(ids, cut=True)) for ids in found], texts.end - max(map(len, ids))
 
 
 def log_probabilities(model, texts, bias):

@@ -273,13 +273,13 @@ def test_what_no_token_may_part_is_refused():
     bias = {i: -np.inf for i in range(3, V) if TOKENIZER.token_bytes(i) != "日".encode()}
     message = message_of(ValueError, write, ["山"], 9, prompt="依日", banned=["日山"], bias=bias)
     assert message == (
-        "After '依日' the forced words complete a banned word or a stop string where they meet in each order tried, "
-        "and no token may part them. Ban less."
+        "After '依日' the forced words complete a banned word or a stop string where they meet in every order tried, "
+        "and no token may separate them. Ban less."
     )
     model = table_model(TOKENIZER, {})
     for function in (generate, stream):
         settings = {"forced": ["山", "日"], "stop": ["山日", "日山"], "max_new_tokens": 2}
-        assert "with tokens that part them they need 3, got" in message_of(
+        assert "with tokens that separate them they need 3, got" in message_of(
             ValueError, function, model, TOKENIZER, **settings
         )
     assert generate(model, TOKENIZER, "日", forced=["山"], stop="日山", max_new_tokens=1) == "日山"

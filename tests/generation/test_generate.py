@@ -10,7 +10,7 @@ from conftest import CLAUSES, breaking_tokens, message_of, spread, table_model
 import aigc_tf
 from aigc_tf import Tokenizer, generate, generate_batch, kneser_ney, stream
 from aigc_tf.generation import processors, writer
-from aigc_tf.generation.batch import Batch, Noise
+from aigc_tf.generation.batch import Batch, RandomNumbers
 from aigc_tf.generation.engines.engine import make_engine
 from aigc_tf.generation.sampler import Sampler
 from aigc_tf.generation.settings import check_sampling
@@ -113,7 +113,7 @@ def test_padding_and_begin_are_never_written(tokenizer):
         layer.embeddings.assign(np.zeros(layer.embeddings.shape, np.float32))
     sampler = Sampler(tokenizer, check_sampling(temperature=1.0, top_p=None))
     texts = Batch(make_engine(flat, 400, "numpy"), [[tokenizer.BOS]] * 400)
-    for ids in writer.write_on(texts, sampler, Noise(list(range(400))), 4, np.zeros(400, bool)):
+    for ids in writer.write_steps(texts, sampler, RandomNumbers(list(range(400))), 4, np.zeros(400, bool)):
         assert not {tokenizer.PAD, tokenizer.BOS} & set(ids.tolist())
         assert len(set(ids.tolist())) > 100
 
@@ -441,7 +441,7 @@ def test_a_stop_string_is_found_across_tokens_batches_and_streams(model, tokeniz
 
 
 def test_a_stream_holds_back_no_more_than_may_become_a_stop_string():
-    from aigc_tf.generation.writer import _until
+    from aigc_tf.generation.writer import _cut_at_stop
 
     tokenizer = aigc_tf.Tokenizer([*"白山水日明", "白水", "明日", "日白"])
 
@@ -449,7 +449,7 @@ def test_a_stream_holds_back_no_more_than_may_become_a_stop_string():
         """Return what is known once each token is there."""
         read, known = [], []
         ids = (read.append(piece) or tokenizer.piece_id(piece) for piece in tokens)
-        for i in _until([end.encode() for end in stop], ids, tokenizer):
+        for i in _cut_at_stop([end.encode() for end in stop], ids, tokenizer):
             known.append((len(read), tokenizer.decode([i])))
         return [(number, text) for number, text in known if text]
 
@@ -496,7 +496,7 @@ def test_prompts_beyond_memory_are_written_some_at_a_time(model, tokenizer, monk
     monkeypatch.setattr(
         writer, "make_engine", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
     )
-    monkeypatch.setattr(writer, "_bytes_of_a_text", lambda source: 1)
+    monkeypatch.setattr(writer, "_bytes_per_text", lambda source: 1)
     monkeypatch.setattr(writer, "machine_bytes", lambda: 2.0)
     assert generate_batch(model, tokenizer, prompts, **settings) == expected
     assert len(batches) >= 5
@@ -510,39 +510,43 @@ def test_candidates_beyond_memory_are_written_some_at_a_time(model, tokenizer, m
     monkeypatch.setattr(
         writer, "make_engine", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
     )
-    rows_of_a_text = writer.Forcing.rows_of_a_text if forced else 1
-    monkeypatch.setattr(writer, "_bytes_of_a_text", lambda source: 1)
+    rows_per_text = writer.ForcedWords.rows_per_text if forced else 1
+    monkeypatch.setattr(writer, "_bytes_per_text", lambda source: 1)
     for at_once in (1, 3):
-        monkeypatch.setattr(writer, "machine_bytes", lambda at_once=at_once: 2.0 * at_once * rows_of_a_text)
+        monkeypatch.setattr(writer, "machine_bytes", lambda at_once=at_once: 2.0 * at_once * rows_per_text)
         for i, (prompt, text) in enumerate(zip(["白", "日"], expected, strict=True)):
             alone = generate(model, tokenizer, prompt, **{**settings, "seed": 3 + i})
             assert (alone, alone.ids) == (text, text.ids)
             assert alone.log_probability == pytest.approx(text.log_probability, abs=1e-3)
-        assert max(batches) == at_once * rows_of_a_text
+        assert max(batches) == at_once * rows_per_text
 
 
 def test_a_search_beyond_memory_is_refused(model, tokenizer, monkeypatch):
     monkeypatch.setattr(writer, "machine_bytes", lambda: 4e9)
     message = message_of(ValueError, generate, model, tokenizer, num_beams=10**7)
-    assert "A search keeps num_beams texts in memory: 10000000 need about" in message
+    assert "A beam search keeps num_beams texts in memory: 10000000 need about" in message
     assert message.endswith("GB, and 4 GB are free. Lower num_beams.")
 
 
 def test_arguments_of_another_kind_are_one_clear_line(tokenizer):
     model = table_model(tokenizer, {})
     for function, arguments, part in (
-        (generate, (model, tokenizer, None), 'A prompt must be a text, got None. Without: "".'),
+        (generate, (model, tokenizer, None), 'A prompt must be a text, got None. For no prompt give "".'),
         (
             generate,
             (model, tokenizer, ["白"]),
             "A prompt must be a text, got ['白']. For several prompts call generate_batch",
         ),
         (generate, (model, "春风"), "The second argument must be the model's Tokenizer, got '春风'."),
-        (generate, ("runs/tang", tokenizer), "model must be a language model, got 'runs/tang'. aigc_tf.load gives"),
+        (
+            generate,
+            ("runs/tang", tokenizer),
+            "model must be a language model, got 'runs/tang'. Load that of a run folder with",
+        ),
         (
             generate_batch,
             (model, tokenizer, "春风"),
-            "prompts must be a list of texts, got '春风'. For one text call generate",
+            "prompts must be a list of texts, got '春风'. For one prompt call generate",
         ),
         (generate_batch, (model, tokenizer, None), "prompts must be a list of texts, got None"),
         (generate_batch, (model, tokenizer, ["白", 7]), "A prompt must be a text, got 7"),

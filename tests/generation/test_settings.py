@@ -116,7 +116,7 @@ def test_the_bounds_of_a_range_belong_to_it():
 def test_settings_that_overflow_float32_are_refused(name):
     assert "1000000" in message_of(ValueError, check_sampling, **{name: 1e39})
     bias = {"白": 3.4e38, TOKENIZER.encode("白")[0]: 3.4e38}
-    assert "adds up to infinity" in message_of(ValueError, make, logit_bias=bias)
+    assert "add up to infinity" in message_of(ValueError, make, logit_bias=bias)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The engine: logits after the newest tokens, each token read once, with a KV cache or an LSTM's carried state.
+"""Engine: the protocol of all engines but the device loop, and make_engine(), which makes one by name.
 
-The arithmetic is NumPy's, over the weights of a model of ours (`numpy_engine.py`), or the same compiled, where numba is
-installed (`numba_engine.py`). Any other model is read through itself, window by window (`model_engine.py`).
+The weights of a model that `aigc_tf` built are computed with in NumPy (`numpy_engine.py`), or compiled by numba
+(`numba_engine.py`). Any other model is called itself, on a whole window for each token (`model_engine.py`).
 """
 
 from collections.abc import Callable
@@ -16,19 +16,19 @@ from .weight_cache import model_weights
 
 
 class Engine(NamedTuple):
-    """What reads a number of texts, a row each.
+    """Functions that read a fixed number of texts, a row for each.
 
     Attributes:
-        read: from `(rows, positions, ids)`, `int64 (R,)` each, to logits `float32 (B', V)`: it reads R tokens, token
-            r at position `positions[r]` of the text in row `rows[r]`, and gives the logits after the last token of
-            each row that occurs, in the order of the rows. Rows rise, and positions rise within a row; so prompts
-            of any lengths are read in one call without padding, and later each row takes one token a call.
-        copy: from `int (num_rows,)`: let row r go on from what the row named there has read.
-        num_positions: how many positions a text may have; None if it may go on for ever.
-        write: where a loop of reading and choosing is compiled, from `(rows, positions, ids, pending, uniforms,
-            choosing)`, a token of each row to read, what is pending of a character after it (`utf8.py`), uniforms
-            `(R, steps)` and a `choice.SamplingArgs`, to the tokens that follow, `int64 (R, steps)`, -1 after the end of
-            document. The last of each row is not read.
+        read: from `(rows, positions, ids)`, each `int64 (R,)`, to logits `float32 (B', V)`. Reads R tokens, token r at
+            position `positions[r]` of the text in row `rows[r]`, and returns the logits after the last token of each
+            row that occurs, in the order of the rows. Rows are ascending, and so are positions within a row. So prompts
+            of any lengths are read in one call without padding, and later each row takes one token per call.
+        copy: from `parents`, `int (num_rows,)`: replaces what row r has read with what row `parents[r]` has read.
+        num_positions: how many positions a text may have; None for no limit.
+        write: None unless a loop of reading and choosing is compiled. From `(rows, positions, ids, pending, uniforms,
+            args)`: a token of each row to read, the state of an incomplete character after it (`corpus/utf8.py`),
+            uniform random numbers `(R, steps)` and `numba_sampling.SamplingArgs`. Returns the tokens that follow,
+            `int64 (R, steps)`, -1 after the end of document. The last of each row is not read.
     """
 
     read: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -38,12 +38,12 @@ class Engine(NamedTuple):
 
 
 def make_engine(model, num_rows: int, engine: str) -> Engine:
-    """Make an engine that reads a number of texts with a model. It computes in float32, whatever the model's precision.
+    """Make an engine for a model. Logits are float32, whatever the precision of the model.
 
     Args:
-        model: ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; or weights that `read_weights` gave.
-        num_rows: how many texts it shall read at once.
-        engine: "numpy"; "numba", for `numba_engine.py`; or "model", which any other model is read by in any case.
+        model: from ids `int32 (B, T)` to logits `float32 (B, T, V)`, causal; or weights that `read_weights` returned.
+        num_rows: how many texts it reads at a time.
+        engine: "numpy", "numba" or "model". A model that `aigc_tf` did not build is read by "model" in any case.
 
     Returns:
         An `Engine`.

@@ -1,10 +1,10 @@
-"""Matrices: products with a model's matrices in whole numbers, compiled for the CPU by numba.
+"""Int16: matrix products in 16-bit integers, compiled for the CPU by numba.
 
-A matrix is kept as `int16` with a float32 scale for each output, and so is what it is multiplied with, with a scale
-for each token. Both are scaled to a Euclidean norm of 46,000, or less where a number would leave 16 bits. So by the
-inequality of Cauchy and Schwarz no sum of products leaves 32 bits (with what rounding adds to the norms), and a weight
-is rounded by a hundred-thousandth of the norm of its row. Processors multiply and add such numbers in pairs, twice as
-many at a time as floats, and read half as much.
+A matrix is quantised to `int16` with a float32 scale per output, and its input with a scale per token. Both are scaled
+to a Euclidean norm of 46,000, or less where a number would not fit into 16 bits. So by the Cauchy-Schwarz inequality no
+sum of products exceeds 32 bits (including what rounding adds to the norms), and a weight is rounded by a
+hundred-thousandth of the norm of its row. CPUs multiply and add such integers in pairs, twice as many at a time as
+floats, and read half as much memory.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from numba.extending import intrinsic, register_jitable
 from ...runtime.numba_jit import numba_jit
 
 _f32 = np.float32
-_WIDTH = 64  # rows are filled up with zeros to a multiple of so many numbers
-_OUTPUTS = 32  # of a matrix that a thread computes at a time
+_WIDTH = 64  # rows are padded with zeros to a multiple of this
+_OUTPUTS = 32  # that a thread computes at a time
 _NORM, _LARGEST = 46_000, 2**15 - 1
 _TINY = np.finfo(_f32).tiny
 
@@ -29,7 +29,7 @@ _TINY = np.finfo(_f32).tiny
 
 
 class Matrix(NamedTuple):
-    """A matrix (outputs, inputs filled up) or a stack of them, its scales, and the bias."""
+    """A stack of matrices, quantised (matrices, outputs, padded inputs), with their scales and biases."""
 
     rounded: np.ndarray
     scale: np.ndarray
@@ -37,34 +37,34 @@ class Matrix(NamedTuple):
 
 
 def as_float32(values: np.ndarray) -> np.ndarray:
-    """Return values as an array of the one kind that functions are compiled for; a backend's may be read-only."""
+    """Return values as a contiguous, writable float32 array, the one kind that functions are compiled for."""
     return np.require(values, _f32, "CW")
 
 
 @register_jitable
-def filled_up(num_inputs: int) -> int:
-    """Return the width of the rows that hold so many numbers."""
+def padded_width(num_inputs: int) -> int:
+    """Return the padded width of rows of so many numbers."""
     return -(-num_inputs // _WIDTH) * _WIDTH
 
 
 def pack(*matrices_and_biases: tuple[np.ndarray, np.ndarray]) -> Matrix:
-    """Pack matrices (inputs, outputs) of one shape with their biases into a stack."""
+    """Quantise matrices (inputs, outputs) of one shape, and pack them with their biases into a stack."""
     matrices, biases = zip(*matrices_and_biases, strict=True)
     num_inputs, num_outputs = matrices[0].shape
-    rounded = _zeros((len(matrices), num_outputs, filled_up(num_inputs)))
+    rounded = _zeros((len(matrices), num_outputs, padded_width(num_inputs)))
     scale = np.empty((len(matrices), num_outputs), _f32)
-    # A part at a time, so that what is made of it stays in the processor's cache.
+    # A part at a time, which stays in the CPU's cache.
     for (i, matrix), first in itertools.product(enumerate(matrices), range(0, num_outputs, _WIDTH)):
         outputs = slice(first, first + _WIDTH)
         part = matrix[:, outputs]
         scale[i, outputs] = _scale(part)
-        with np.errstate(invalid="ignore"):  # where a weight is no number the scale is none, and tells
+        with np.errstate(invalid="ignore"):  # a weight of NaN makes the scale NaN, which shows
             rounded[i, outputs, :num_inputs] = np.rint(part / scale[i, outputs]).T
     return Matrix(rounded, scale, np.stack(biases))
 
 
 def _scale(matrix: np.ndarray) -> np.ndarray:
-    """Return what to divide the numbers of each output by, computed as in `round_vector`."""
+    """Return the scale of each output, computed as in `round_vector`."""
     largest = np.abs(matrix).max(axis=0)
     unit = np.ldexp(_f32(1), np.frexp(largest)[1] - 1)
     norm = np.linalg.norm(matrix / unit, axis=0)
@@ -72,7 +72,7 @@ def _scale(matrix: np.ndarray) -> np.ndarray:
 
 
 def _zeros(shape: tuple[int, ...]) -> np.ndarray:
-    """Make an array that begins with a line of the processor's cache: reading across lines takes half as long again."""
+    """Make an array aligned to the lines of the CPU's cache: unaligned reads take half as long again."""
     raw = np.zeros(2 * np.prod(shape) + _WIDTH, np.uint8)
     start = -raw.ctypes.data % _WIDTH
     return raw[start : start + 2 * np.prod(shape)].view(np.int16).reshape(shape)
@@ -82,15 +82,14 @@ def _zeros(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _sums_of_products(num_rows: int, num_others: int, lanes: int):
-    """Make a function that multiplies each of some rows with each of some others.
+    """Make a function for the dot products of each of `num_rows` rows with each of `num_others` rows.
 
-    What it compiles to is said here, `lanes` numbers at a time, as LLVM does not find the instructions for pairs of
-    products where rows share what they read.
+    It is written in LLVM's own instructions, on vectors of `lanes` numbers, as LLVM does not find those for pairs of
+    products by itself where rows share what they read.
 
     Returns:
-        The function, from `(a, i, b, j, width)` to a tuple of `int32`: the rows are the `width` numbers of the `int16`
-        array a from its number i on, the `width` next, and so on, and likewise those of b from j on; width is a
-        multiple of `lanes`.
+        The function, from `(a, i, b, j, width)` to a tuple of `int32`. Its rows are consecutive stretches of `width`
+        numbers of the `int16` array `a` from index i, and of `b` from index j; `width` is a multiple of `lanes`.
     """
 
     @intrinsic
@@ -140,14 +139,14 @@ def _sum(builder, vector):
 
 
 dot = _sums_of_products(1, 1, lanes=64)
-_four_times_two = _sums_of_products(4, 2, lanes=16)  # eight sums, and what they share, fit the registers
+_dot_4x2 = _sums_of_products(4, 2, lanes=16)  # eight sums and their operands fit into the registers
 
 
 @numba_jit(fastmath=True, inline="always")
 def round_vector(vector, rounded):
-    """Put a vector of floats into one of `int16`, which is as long or longer, and return its scale.
+    """Quantise a vector of floats into one of `int16`, which is as long or longer, and return its scale.
 
-    The squares are of numbers divided by a power of two near the largest: they neither vanish nor overflow.
+    Numbers are divided by a power of two near the largest before they are squared, so they neither vanish nor overflow.
     """
     square = largest = _f32(0)
     for d in range(len(vector)):
@@ -166,7 +165,7 @@ def round_vector(vector, rounded):
 
 @numba_jit(parallel=True, fastmath=True)
 def linear(x, rounded, scale, bias, gelu):
-    """Return x W^T + b, or the GELU of it, (tokens, outputs)."""
+    """Return x W^T + b, or its GELU, (tokens, outputs)."""
     num_outputs, width = rounded.shape
     num_tokens = len(x)
     tokens, token_scale = np.zeros((num_tokens, width), np.int16), np.empty(num_tokens, _f32)
@@ -179,14 +178,14 @@ def linear(x, rounded, scale, bias, gelu):
         end_of_twos = first + (end - first) // 2 * 2
         for t in range(0, fours, 4):
             for o in range(first, end_of_twos, 2):
-                a, b, c, d, e, f, g, h = _four_times_two(tokens, t * width, rounded, o * width, width)
+                a, b, c, d, e, f, g, h = _dot_4x2(tokens, t * width, rounded, o * width, width)
                 out[t, o], out[t, o + 1], out[t + 1, o], out[t + 1, o + 1] = a, b, c, d
                 out[t + 2, o], out[t + 2, o + 1], out[t + 3, o], out[t + 3, o + 1] = e, f, g, h
         for o in range(first, end):
             for t in range(fours if o < end_of_twos else 0, num_tokens):
                 out[t, o] = dot(tokens, t * width, rounded, o * width, width)[0]
         for t in range(num_tokens):
-            # Numbers without a sign, as an index that might be negative keeps a loop from running in vectors.
+            # Unsigned, as an index that might be negative keeps a loop from being vectorised.
             for o in range(np.uint64(first), np.uint64(end)):
                 y = out[t, o] * (scale[o] * token_scale[t]) + bias[o]
                 if gelu:
@@ -198,7 +197,7 @@ def linear(x, rounded, scale, bias, gelu):
 
 @numba_jit(fastmath=True, inline="always")
 def exp(x):
-    """Compute e^x from -87 to 88, to 4e-6 of it, in a form that runs in vectors; numba's own calls a function."""
+    """Compute e^x for x from -87 to 88, to a relative error of 4e-6, so that it vectorises, unlike `np.exp`."""
     y = min(max(x, _f32(-87)), _f32(88)) * _f32(1.4426950408889634)
     whole = np.floor(y)
     f = y - whole

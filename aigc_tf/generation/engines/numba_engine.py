@@ -1,4 +1,4 @@
-"""Kernels: the decoders of `generation/engines/engine.py`, compiled for the CPU by numba."""
+"""Numba engine: a Transformer with a KV cache, or an LSTM with its state, compiled for the CPU, in 16-bit integers."""
 
 import math
 import os
@@ -12,18 +12,18 @@ from ...models.weights import LstmWeights, TransformerWeights
 from ...runtime.cores import usable_cores
 from ...runtime.numba_jit import numba_jit
 from ...runtime.numba_tools import numba_problem, one_at_a_time
-from .int16 import as_float32, dot, exp, filled_up, linear, pack, round_vector
-from .numba_sampling import NO_NUMBER, sample_compiled
+from .int16 import as_float32, dot, exp, linear, pack, padded_width, round_vector
+from .numba_sampling import NOT_FINITE_ID, sample_compiled
 
 _f32 = np.float32
 
 
 class _Threads:
-    """Runs compiled functions in as many threads as are fastest just now.
+    """Runs compiled functions in as many threads as are fastest at the moment.
 
-    Beside other busy programs, threads that wait for one another at each matrix can be fifty times as slow as a
-    single one, and many cores can be too many for a small model. So the numbers are tried in turn now and then; the
-    result is the same to the bit.
+    While other programs are busy, threads that wait for one another at each matrix can be fifty times as slow as a
+    single thread, and a small model may not need all cores. So every `PERIOD` seconds each number of threads is timed.
+    Results do not depend on it, to the bit.
     """
 
     PERIOD = 2.0  # seconds between two trials
@@ -37,7 +37,7 @@ class _Threads:
         began = time.perf_counter()
         if began >= self._next_trial:
             self._next_trial = began + self.PERIOD
-            self._seconds = {number: [] for number in self._numbers}  # a step, of two calls each
+            self._seconds = {number: [] for number in self._numbers}  # per step, of two calls each
         trial = next((number for number in self._numbers if len(self._seconds[number]) < 2), None)
         if trial is None:
             return _run(min(self._numbers, key=lambda number: min(self._seconds[number])), function, *args)
@@ -47,13 +47,13 @@ class _Threads:
 
 
 def _max_threads() -> int:
-    """Count the threads that may be used: of the cores of this process, and of what the user has set."""
+    """Return how many threads may be used: by the cores of this process, and by what the user has set."""
     omp = os.environ.get("OMP_NUM_THREADS", "")
     limits = [numba.get_num_threads(), usable_cores(), *([int(omp)] if omp.isdecimal() and int(omp) else [])]
     return max(1, min(limits))
 
 
-_threads = weakref.WeakKeyDictionary()  # weights -> what was found for the texts before
+_threads = weakref.WeakKeyDictionary()  # weights -> `_Threads`, whose timings serve the next text too
 
 
 def _threads_for(weights) -> _Threads:
@@ -64,9 +64,9 @@ def _threads_for(weights) -> _Threads:
 
 
 def _run(num_threads: int, function, *args):
-    """Call a compiled function in a number of threads; the user's own numba code keeps its number."""
-    if problem := numba_problem():  # a stream that was begun before a fork
-        raise RuntimeError(f"This text cannot be gone on with: {problem}. Begin it anew.")
+    """Call a compiled function in a number of threads, and restore the number for other numba code."""
+    if problem := numba_problem():  # a stream that was started before a fork
+        raise RuntimeError(f"This text cannot be continued: {problem}. Start it again.")
     before = numba.get_num_threads()
     if num_threads != before:
         numba.set_num_threads(num_threads)
@@ -100,9 +100,9 @@ def _norm(x, scale_and_offset):
 
 @numba_jit(parallel=True, fastmath=True)
 def _attend(qkv, cache, scales, rows, positions):
-    """Put the tokens' keys and values into the cache, and return what each token attends to.
+    """Put the keys and values of tokens into the cache, and return the attention output of each token.
 
-    Keys and values lie (2, rows, H, T, D / H filled up), like matrices in `int16` with a scale for each.
+    Keys and values are (2, rows, H, T, D / H padded), quantised to `int16` with a scale for each vector.
     """
     num_heads, num_positions, width = cache.shape[2:]
     dim = qkv.shape[1] // 3
@@ -118,7 +118,7 @@ def _attend(qkv, cache, scales, rows, positions):
             scales[k, row, h, position] = round_vector(vector, cache[k, row, h, position])
     out, scores = np.zeros((num_jobs, head_dim), _f32), np.empty((num_jobs, num_positions), _f32)
     for job in numba.prange(num_jobs):
-        # No views and no new arrays here: counting references to them would make the threads wait for each other.
+        # No views and no new arrays here: counting references to them would make the threads wait for one another.
         t, h = job // num_heads, job % num_heads
         row, until = rows[t], positions[t] + 1
         first = (row * num_heads + h) * num_positions * width
@@ -149,7 +149,7 @@ def _attend(qkv, cache, scales, rows, positions):
     return out.reshape(len(rows), dim)
 
 
-# --- the decoders --------------------------------------------------------------------------------------------
+# --- the models ----------------------------------------------------------------------------------------------
 
 
 @numba_jit()
@@ -169,27 +169,27 @@ def _read_transformer(tokens, positions_table, norms, attention, output, mlp_nor
 
 @numba_jit()
 def _write_transformer(weights, cache, scales, rows, positions, ids, pending, uniforms, args):
-    """Read a token of each row, choose one, read that, and so on; return those chosen, -1 where a row has ended."""
+    """Read a token of each row, choose one, read that, and so on; return the tokens chosen, -1 after the end."""
     written = np.full(uniforms.shape, -1, np.int64)
-    going, newest, pending = np.arange(len(rows)), ids, pending.copy()
+    active, newest, pending = np.arange(len(rows)), ids, pending.copy()
     for step in range(uniforms.shape[1]):
         logits = _read_transformer(
-            *weights, cache, scales, rows[going], positions[going] + step, newest, np.arange(len(going))
+            *weights, cache, scales, rows[active], positions[active] + step, newest, np.arange(len(active))
         )
-        newest = sample_compiled(logits, uniforms[:, step][going], pending, args)
-        for i in range(len(going)):
-            written[going[i], step] = newest[i]
+        newest = sample_compiled(logits, uniforms[:, step][active], pending, args)
+        for i in range(len(active)):
+            written[active[i], step] = newest[i]
             pending[i] = args.after[pending[i], max(newest[i], 0)]
-        left = (newest != args.eos) & (newest != NO_NUMBER)
-        going, newest, pending = going[left], newest[left], pending[left]
-        if len(going) == 0:
+        left = (newest != args.eos) & (newest != NOT_FINITE_ID)
+        active, newest, pending = active[left], newest[left], pending[left]
+        if len(active) == 0:
             break
     return written
 
 
 @numba_jit(fastmath=True)
 def _lstm_layer(x, rounded, scale, bias, hidden, cell, rows):
-    """Take one step of a layer for the tokens x (R, inputs) of different rows; return the new hidden state (R, D)."""
+    """Take one step of a layer with inputs x (R, inputs) of different rows; return the new hidden states (R, D)."""
     num_inputs, dim = x.shape[1], hidden.shape[1]
     joined = np.empty((len(rows), num_inputs + dim), _f32)
     for t in range(len(rows)):
@@ -210,11 +210,11 @@ def _lstm_layer(x, rounded, scale, bias, hidden, cell, rows):
     return out
 
 
-_packed = weakref.WeakKeyDictionary()  # weights -> what the kernels take
+_packed = weakref.WeakKeyDictionary()  # weights -> the same, quantised
 
 
 def numba_engine(weights: TransformerWeights | LstmWeights, num_rows: int):
-    """Make the functions of a `decoding.Engine`, of which `read` is also told where each row's last token stands."""
+    """Make the functions of an `engine.Engine`; its `read` also takes the index of each row's last token."""
     make = _lstm_engine if isinstance(weights, LstmWeights) else _transformer_engine
     read, copy, write = make(weights, num_rows)
     threads = _threads_for(weights)
@@ -222,7 +222,7 @@ def numba_engine(weights: TransformerWeights | LstmWeights, num_rows: int):
     def read_in_threads(rows, positions, ids, last):
         if len(ids) == len(last):
             return threads.run(read, rows, positions, ids, last)
-        return _run(threads.limit, read, rows, positions, ids, last)  # a prompt is work enough for all
+        return _run(threads.limit, read, rows, positions, ids, last)  # a prompt is enough work for all
 
     def write_in_threads(rows, positions, ids, pending, uniforms, args):
         return threads.run(write, rows, positions, ids, pending, uniforms, args, steps=uniforms.shape[1])
@@ -233,7 +233,7 @@ def numba_engine(weights: TransformerWeights | LstmWeights, num_rows: int):
 def _transformer_engine(w: TransformerWeights, num_rows: int):
     vocab_size, dim = w.token_embedding.shape
     num_blocks, num_heads, context = len(w.blocks), w.num_heads, len(w.position_embedding)
-    cache = np.zeros((num_blocks, 2, num_rows, num_heads, context, filled_up(dim // num_heads)), np.int16)
+    cache = np.zeros((num_blocks, 2, num_rows, num_heads, context, padded_width(dim // num_heads)), np.int16)
     scales = np.zeros((num_blocks, 2, num_rows, num_heads, context), _f32)
     if w not in _packed:
         b = [list(field) for field in zip(*w.blocks, strict=True)]

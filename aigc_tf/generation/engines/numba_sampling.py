@@ -1,4 +1,4 @@
-"""Choice: a token chosen from logits as `generation/processors.py` does, compiled for the CPU by numba."""
+"""Numba sampling: the choice of a token, as in `generation/processors.py` (top-k, top-p, ...), compiled for the CPU."""
 
 from typing import NamedTuple
 
@@ -9,24 +9,24 @@ from ...runtime.numba_jit import numba_jit
 from ...runtime.numba_tools import one_at_a_time
 from .int16 import exp
 
-NO_NUMBER = -2  # instead of a token, where logits are not finite: NaN, or infinity
+NOT_FINITE_ID = -2  # instead of a token, where logits are not finite
 _f32 = np.float32
-_BLOCK = 32  # logits, of which the largest is looked at first
-_WITH_INFINITY = {"nsz", "arcp", "contract", "reassoc"}  # fastmath, but minus infinity is a logit
+_BLOCK = 32  # logits, of which first only the largest is compared
+_WITH_INFINITY = {"nsz", "arcp", "contract", "reassoc"}  # fastmath, except that logits may be minus infinity
 
 
 class SamplingArgs(NamedTuple):
     """How tokens are chosen.
 
     Attributes:
-        bias: `float32 (8, V)`, added to the logits, by what is pending of a character (`corpus/utf8.py`).
-        after: `int8 (8, V)`, what is pending after each token.
-        eos: the token for a row that allows none.
-        temperature: `float32`, 0 takes the likeliest token.
+        bias: `float32 (8, V)`, added to the logits, by the state of an incomplete character (`corpus/utf8.py`).
+        after: `int8 (8, V)`, the state after each token.
+        eos: the token for a row that allows no token.
+        temperature: `float32`; 0 takes the likeliest token.
         top_k: V for all tokens.
-        typical_p: `float32`, 1 for all tokens.
-        top_p: `float32`, 1 for all tokens.
-        min_p: `float32`, 0 for all tokens.
+        typical_p: `float32`; 1 for all tokens.
+        top_p: `float32`; 1 for all tokens.
+        min_p: `float32`; 0 for all tokens.
     """
 
     bias: np.ndarray
@@ -45,11 +45,11 @@ def sample(logits: np.ndarray, uniforms: np.ndarray, pending: np.ndarray, args: 
     Args:
         logits: `float32 (R, V)`.
         uniforms: `float64 (R,)`, uniform in [0, 1).
-        pending: `int64 (R,)`, what is pending of a character in each row.
-        args: how.
+        pending: `int64 (R,)`, the state of the newest character of each row.
+        args: the settings.
 
     Returns:
-        Token ids, `int64 (R,)`; `NO_NUMBER` for a row that holds NaN or infinity.
+        Token ids, `int64 (R,)`; `NOT_FINITE_ID` for a row with NaN or infinity.
     """
     with one_at_a_time:
         return sample_compiled(logits, uniforms, pending, args)
@@ -57,7 +57,7 @@ def sample(logits: np.ndarray, uniforms: np.ndarray, pending: np.ndarray, args: 
 
 @numba_jit(parallel=True, fastmath=_WITH_INFINITY)
 def sample_compiled(logits, uniforms, pending, args):
-    """Do what `sample` does, for compiled code."""
+    """Do what `sample` does, callable from compiled code."""
     bias, _, eos, temperature, top_k, typical_p, top_p, min_p = args
     num_rows, vocab_size = logits.shape
     ids = np.empty(num_rows, np.int64)
@@ -69,7 +69,7 @@ def sample_compiled(logits, uniforms, pending, args):
             largest = max(largest, scaled[i])
             are_numbers &= scaled[i] == scaled[i]
         if not are_numbers or largest == np.inf:
-            ids[row] = NO_NUMBER
+            ids[row] = NOT_FINITE_ID
         elif largest == -np.inf:
             ids[row] = eos
         elif temperature == 0:
@@ -83,9 +83,9 @@ def sample_compiled(logits, uniforms, pending, args):
 
 @numba_jit(fastmath=_WITH_INFINITY)
 def _candidates(scores, top_k):
-    """Return the tokens, in their order, among which the `top_k` likeliest are, and few others.
+    """Return the `top_k` likeliest tokens and a few others, in the order of their ids.
 
-    As many blocks have their largest above some score, so many scores at least are above it.
+    If the largest scores of k blocks are above a border, at least k scores are above it.
     """
     num_blocks = len(scores) // _BLOCK
     if top_k >= num_blocks:
@@ -96,7 +96,7 @@ def _candidates(scores, top_k):
         for i in range(np.uint64(block * _BLOCK), np.uint64((block + 1) * _BLOCK)):
             largest[block] = max(largest[block], scores[i])
     border = _border(largest, np.ones(num_blocks, _f32), _f32(top_k))
-    if (largest >= border).sum() < top_k:  # the others are minus infinity throughout
+    if (largest >= border).sum() < top_k:  # in the other blocks all are minus infinity
         return np.arange(len(scores))
     candidates, count = np.empty(len(scores), np.int64), 0
     for block in range(num_blocks + 1):
@@ -109,7 +109,7 @@ def _candidates(scores, top_k):
 
 @numba_jit(fastmath=_WITH_INFINITY)
 def _odds(scores, largest, temperature, top_k, typical_p, top_p, min_p):
-    """Return the probability of each score but for a factor, 0 for what the settings leave out; change the scores."""
+    """Return unnormalised probabilities, 0 for what the settings leave out; changes the scores in place."""
     size = len(scores)
     odds = np.empty(size, _f32)
     if top_k < size:
@@ -119,7 +119,7 @@ def _odds(scores, largest, temperature, top_k, typical_p, top_p, min_p):
             scores[i] = scores[i] if kept[i] > 0 else _f32(-np.inf)
     for i in range(size):
         scores[i] = (scores[i] - largest) / temperature
-        odds[i] = exp(scores[i]) if scores[i] > -87 else _f32(0)  # less is nothing beside the largest, 1
+        odds[i] = exp(scores[i]) if scores[i] > -87 else _f32(0)  # less is negligible against the largest, 1
     if typical_p < 1:
         total, expected = _f32(0), _f32(0)
         for i in range(size):
@@ -141,9 +141,9 @@ def _odds(scores, largest, temperature, top_k, typical_p, top_p, min_p):
 
 @numba_jit(fastmath=_WITH_INFINITY)
 def _border(key, weight, target):
-    """Return the largest of the keys such that the weights of all that are as large sum to the target at least.
+    """Return the largest key such that the weights of all keys at least as large sum to the target or more.
 
-    It is found by halving: some passes over the vocabulary in vectors are cheaper than sorting it.
+    It is found by bisection: a few vectorised passes over the vocabulary are cheaper than sorting it.
     """
     low, high = _f32(np.inf), _f32(-np.inf)
     for i in range(len(key)):
@@ -154,7 +154,7 @@ def _border(key, weight, target):
         between += _f32(1) if (key[i] >= low) & (key[i] < high) else _f32(0)
     if at_high >= target:
         low, between = high, _f32(0)
-    # The keys from `low` on reach the target, those from `high` on do not; what is between gets fewer.
+    # Keys of at least `low` reach the target, those of at least `high` do not; `between` counts those in between.
     while between > 1:
         middle = _f32((low + high) * _f32(0.5))
         if middle <= low or middle >= high:
@@ -175,7 +175,7 @@ def _border(key, weight, target):
 
 @numba_jit(fastmath=_WITH_INFINITY)
 def _keep(odds, key, weight, target):
-    """Set odds to 0 but for those of the largest keys, the fewest that reach the target; of equal ones the first."""
+    """Set all odds to 0 except for the fewest largest keys that reach the target; of equal keys the first."""
     border = _border(key, weight, target)
     total = _f32(0)
     for i in range(len(key)):
@@ -189,7 +189,7 @@ def _keep(odds, key, weight, target):
 
 @numba_jit(fastmath=_WITH_INFINITY)
 def _draw(odds, uniform):
-    """Draw a token by inverting the cumulative sum; sums of blocks first, as they are taken in vectors."""
+    """Draw a token by inverting the cumulative sum, by blocks first, whose sums vectorise."""
     sums = np.zeros((len(odds) + 255) // 256)
     for block in range(len(sums)):
         total = _f32(0)
@@ -201,7 +201,7 @@ def _draw(odds, uniform):
     while block < len(sums) - 1 and left >= sums[block]:
         left -= sums[block]
         block += 1
-    while block > 0 and sums[block] == 0:  # where rounding led beyond the last
+    while block > 0 and sums[block] == 0:  # where rounding led past the last possible token
         block -= 1
     token = 0
     for i in range(256 * block, min(len(odds), 256 * (block + 1))):

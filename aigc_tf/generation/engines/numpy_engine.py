@@ -1,4 +1,4 @@
-"""The engine of NumPy: reads texts with the weights of a model alone, a Transformer's with a KV cache."""
+"""NumPy engine: a Transformer with a KV cache, or an LSTM with its state, computed from the weights alone."""
 
 import math
 
@@ -8,13 +8,13 @@ from ...models.weights import LstmWeights, TransformerWeights
 
 
 def numpy_engine(weights: TransformerWeights | LstmWeights, num_rows: int):
-    """Make `read` and `copy` of an `engine.Engine`, for `num_rows` texts."""
+    """Make `read` and `copy` of an `engine.Engine` for `num_rows` texts."""
     make = _lstm_engine if isinstance(weights, LstmWeights) else _transformer_engine
     return make(weights, num_rows)
 
 
 def last_of_each_row(rows: np.ndarray) -> np.ndarray:
-    """Return where each row's last token stands among the tokens."""
+    """Return the index of the last token of each row, given the rows of the tokens."""
     return np.flatnonzero(np.append(rows[1:] != rows[:-1], True))
 
 

@@ -1,6 +1,6 @@
-"""Variables: whether those of a Keras model are what they were, told without comparing or moving them where it can.
+"""Weight watch: snapshots of a Keras model that tell whether its variables, or settings of its layers, have changed.
 
-And whether the settings of its layers are, such as an activation.
+Values are compared only if they may have changed, and on the device they are on.
 """
 
 import operator
@@ -11,17 +11,17 @@ import numpy as np
 from ...runtime.backend import keras, tf
 from ...runtime.keras_internals import inner_layers
 
-_NOTED_IN_A_CALL = ("_called", "_parent_path")  # by a layer the first time, and no settings
+_NOT_SETTINGS = ("_called", "_parent_path")  # set by a layer when it is first called
 
 
-class LayerSettings:
-    """The plain attributes of all layers of Keras at one time, and whether they are the same at another."""
+class LayerSnapshot:
+    """The plain attributes of all layers at one time, to compare with those at another."""
 
     def __init__(self, model: keras.Model):
         self._layers = [_plain_attributes(layer) for layer in inner_layers(model)]
 
     def is_current(self, model: keras.Model) -> bool:
-        """Tell whether the layers have the same attributes, and the very values of those that are plain."""
+        """Return whether the layers have the same attributes, and the plain ones the same values."""
         layers = inner_layers(model)
         return len(layers) == len(self._layers) and all(
             names <= vars(layer).keys() and all(map(operator.is_, read(vars(layer)), values))
@@ -30,9 +30,9 @@ class LayerSettings:
 
 
 def _plain_attributes(layer) -> tuple:
-    # Others are not kept: some of them would keep the model alive.
-    plain = {name: value for name, value in vars(layer).items() if _is_plain(value) and name not in _NOTED_IN_A_CALL}
-    read = operator.itemgetter(*plain, "name", "name")  # a tuple, however few they are
+    # Other attributes are not kept, as some would keep the model alive.
+    plain = {name: value for name, value in vars(layer).items() if _is_plain(value) and name not in _NOT_SETTINGS}
+    read = operator.itemgetter(*plain, "name", "name")  # with two names it returns a tuple in any case
     return plain.keys(), read, read(vars(layer))
 
 
@@ -41,11 +41,11 @@ def _is_plain(value) -> bool:
     return is_function or value is None or isinstance(value, bool | int | float | str)
 
 
-class Watch:
-    """The values of a model's variables at one time, and whether they are the same at another.
+class VariableSnapshot:
+    """The values of a model's variables at one time, to compare with those at another.
 
-    TensorFlow writes a new value elsewhere in memory while another holds the old one, as this does, and JAX always
-    does; so values that stand where they stood have not changed.
+    While something holds the old value of a variable, as this does, TensorFlow writes a new one to another place in
+    memory, and JAX always does. So a value at the same place has not changed.
     """
 
     def __init__(self, model: keras.Model):
@@ -58,11 +58,11 @@ class Watch:
             self._places = [array.__array_interface__["data"][0] for array in self._arrays]
 
     def array(self, variable) -> np.ndarray:
-        """Return the value that a variable had."""
+        """Return the value that a variable had at the time."""
         return np.asarray(self._values[next(i for i, kept in enumerate(self._variables) if kept is variable)])
 
     def is_current(self, model: keras.Model) -> bool:
-        """Tell whether the model has the same variables with equal values."""
+        """Return whether the model has the same variables with equal values."""
         variables = model.weights
         if len(variables) != len(self._variables) or any(
             a is not b for a, b in zip(variables, self._variables, strict=True)
@@ -71,7 +71,7 @@ class Watch:
         now = self._read()
         if keras.backend.backend() == "jax":
             pairs = [(a, b) for a, b in zip(now, self._values, strict=True) if a is not b]
-            # A training on JAX gives the memory of old values away.
+            # Training on JAX deletes old values to reuse their memory.
             return not any(b.is_deleted() for _, b in pairs) and all(bool((a == b).all()) for a, b in pairs)
         if not self._on_host:
             return bool(_all_equal(now, self._values))
@@ -81,7 +81,7 @@ class Watch:
 
 
 def _reader(variables):
-    """Make a function that reads all variables at once; one by one it would take several times as long."""
+    """Make a function that reads all variables in one call, several times as fast as one by one."""
     if keras.backend.backend() == "jax":
         return lambda: [variable.value for variable in variables]
     values = [variable.value for variable in variables]
@@ -89,7 +89,7 @@ def _reader(variables):
         lambda: [value.value() if callable(getattr(value, "value", None)) else value for value in values],
         autograph=False,
     )
-    # What is called is its one trace: of calls of the function itself, for model after model, TensorFlow warns.
+    # Its one concrete trace is called, as TensorFlow warns of retracing if the function itself is called per model.
     return read.get_concrete_function()
 
 
@@ -99,5 +99,5 @@ def _is_on_host(value) -> bool:
 
 @tf.function(autograph=False, reduce_retracing=True)
 def _all_equal(now, before):
-    """Compare where the values are, so that one truth value is moved and not all weights."""
+    """Compare the values on their device, so that one boolean is copied and not all weights."""
     return tf.reduce_all([tf.reduce_all(a == b) for a, b in zip(now, before, strict=True)])

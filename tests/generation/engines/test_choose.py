@@ -10,7 +10,7 @@ from conftest import message_of, spread, table_model
 import aigc_tf
 from aigc_tf import generate, generate_batch, kneser_ney, stream
 from aigc_tf.generation import writer
-from aigc_tf.generation.batch import Batch, Noise
+from aigc_tf.generation.batch import Batch, RandomNumbers
 from aigc_tf.generation.engines import choose, device_loop
 from aigc_tf.generation.engines.engine import make_engine
 from aigc_tf.generation.engines.weight_cache import model_weights
@@ -73,7 +73,7 @@ def test_an_engine_that_cannot_be_used_is_refused(model, tokenizer, monkeypatch)
     other, weights = table_model(tokenizer, {}), model_weights(model)
     assert "engine must be one of auto, numba, numpy, device, model, got 'gpu'" in refused(model, "gpu")
     for engine in ("numba", "numpy", "device"):
-        assert 'Take engine="model"' in refused(other, engine)
+        assert 'Use engine="model"' in refused(other, engine)
     assert "needs the model itself" in refused(weights, "model")
     assert 'engine="device" does not support banned, forced' in refused(
         model, "device", banned=["黄河"], forced=["明月"]
@@ -153,7 +153,7 @@ def test_a_forked_child_writes_with_numpy(tokenizer):
         assert choose.choose_engine(weights, "auto", PLAIN)[0] == "numba"
         assert in_a_child(write) == f"numpy {expected}"
     assert "was forked" in in_a_child(lambda: generate(weights, tokenizer, "白", engine="numba", **settings))
-    assert "Begin it anew" in in_a_child(lambda: list(begun))
+    assert "Start it again" in in_a_child(lambda: list(begun))
 
 
 def write_in_a_pool(seed):
@@ -211,14 +211,16 @@ def test_a_trained_model_predicts_as_well_by_each_engine(trained, tokenizer, doc
 
 @pytest.mark.parametrize("engine", ["numba", "numpy", "device"])
 def test_a_trained_model_predicts_as_well_beyond_its_context(build, trained, tokenizer, engine):
-    num_tokens, nats, over = 3 * CONTEXT, np.zeros(1), np.zeros(1, bool)
+    num_tokens, nats, finished = 3 * CONTEXT, np.zeros(1), np.zeros(1, bool)
     sampler = Sampler(tokenizer, check_sampling(temperature=1.0, top_p=None, logit_bias={tokenizer.EOS: -np.inf}))
     if engine == "device":
         weights, prompts = model_weights(trained), [[tokenizer.BOS]]
-        written = device_loop.steps(weights, sampler, prompts, Noise([0]), num_tokens, over, log_probabilities=nats)
+        written = device_loop.write_steps(
+            weights, sampler, prompts, RandomNumbers([0]), num_tokens, finished, log_probabilities=nats
+        )
     else:
         texts = Batch(make_engine(trained, 1, engine), [[tokenizer.BOS]])
-        written = writer.write_on(texts, sampler, Noise([0]), num_tokens, over, nats)
+        written = writer.write_steps(texts, sampler, RandomNumbers([0]), num_tokens, finished, nats)
     ids = np.array([tokenizer.BOS, *np.concatenate(list(written))])
     assert len(ids) == num_tokens + 1
 

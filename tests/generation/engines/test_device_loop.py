@@ -9,8 +9,8 @@ import pytest
 
 import aigc_tf
 from aigc_tf.generation import writer
-from aigc_tf.generation.batch import Batch, Noise
-from aigc_tf.generation.engines import device_loop
+from aigc_tf.generation.batch import Batch, RandomNumbers
+from aigc_tf.generation.engines import device_loop, device_steps
 from aigc_tf.generation.engines.engine import make_engine, model_weights
 from aigc_tf.generation.sampler import Sampler
 from aigc_tf.generation.settings import check_sampling
@@ -98,11 +98,11 @@ def encode(tokenizer, prompts=PROMPTS):
     return [[tokenizer.BOS, *tokenizer.encode(prompt)] for prompt in prompts]
 
 
-def chance(rows=3, steps=STEPS):
+def make_uniforms(rows=3, steps=STEPS):
     return np.random.default_rng(3).random((rows, steps))
 
 
-class Drawn(Noise):
+class Drawn(RandomNumbers):
     """The numbers that a test names."""
 
     def __init__(self, uniforms):
@@ -112,8 +112,8 @@ class Drawn(Noise):
 
 def on_the_cpu(weights, sampler, prompts, uniforms, log_probabilities=None):
     texts = Batch(make_engine(weights, len(prompts), "numpy"), prompts)
-    over = np.zeros(len(prompts), bool)
-    return list(writer.write_on(texts, sampler, Drawn(uniforms), uniforms.shape[1], over, log_probabilities))
+    finished = np.zeros(len(prompts), bool)
+    return list(writer.write_steps(texts, sampler, Drawn(uniforms), uniforms.shape[1], finished, log_probabilities))
 
 
 def write(weights, sampler, prompts, uniforms, log_probabilities=None, chunk=7, **options):
@@ -121,8 +121,10 @@ def write(weights, sampler, prompts, uniforms, log_probabilities=None, chunk=7, 
     if log_probabilities is None:
         log_probabilities = np.zeros(len(prompts))
     options = {"chunk": chunk, "log_probabilities": log_probabilities, **options}
-    over = np.zeros(len(prompts), bool)
-    return list(device_loop.steps(weights, sampler, prompts, Drawn(uniforms), uniforms.shape[1], over, **options))
+    finished = np.zeros(len(prompts), bool)
+    return list(
+        device_loop.write_steps(weights, sampler, prompts, Drawn(uniforms), uniforms.shape[1], finished, **options)
+    )
 
 
 def assert_same_texts(weights, sampler, prompts, uniforms, **options):
@@ -135,7 +137,7 @@ def assert_same_texts(weights, sampler, prompts, uniforms, **options):
 
 
 def test_the_likeliest_tokens_are_those_of_the_cpu(weights, sampler, tokenizer):
-    written = assert_same_texts(weights, sampler(), encode(tokenizer), chance())
+    written = assert_same_texts(weights, sampler(), encode(tokenizer), make_uniforms())
     assert written.shape == (STEPS, len(PROMPTS))
     assert len(np.unique(written)) > 5
 
@@ -160,7 +162,7 @@ def all_settings(tokenizer):
 def test_draws_with_every_setting_are_those_of_the_cpu(weights, sampler, tokenizer):
     prompts = encode(tokenizer)
     settings = all_settings(tokenizer)
-    written = assert_same_texts(weights, sampler(**settings), prompts, chance())
+    written = assert_same_texts(weights, sampler(**settings), prompts, make_uniforms())
     ends = (written == tokenizer.EOS).sum(axis=0)
     assert len(set(ends)) > 1  # some end before others
 
@@ -178,16 +180,18 @@ def test_draws_with_every_setting_are_those_of_the_cpu(weights, sampler, tokeniz
 )
 @pytest.mark.usefixtures("uncompiled")
 def test_each_setting_alone(transformer, sampler, tokenizer, settings):
-    written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer), chance())
+    written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer), make_uniforms())
     plain = sampler(temperature=settings.get("temperature", 0.8), top_p=None)
-    assert not np.array_equal(written, on_the_cpu(transformer, plain, encode(tokenizer), chance()))
+    assert not np.array_equal(written, on_the_cpu(transformer, plain, encode(tokenizer), make_uniforms()))
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_a_text_with_nothing_left_to_come_ends(transformer, sampler, tokenizer):
     only = {i: -np.inf for i in range(tokenizer.vocab_size) if i not in tokenizer.encode("白日")}
     settings = {"temperature": 0, "no_repeat_ngram": 1, "logit_bias": only}
-    written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer, ["白", "", "白日"]), chance())
+    written = assert_same_texts(
+        transformer, sampler(**settings), encode(tokenizer, ["白", "", "白日"]), make_uniforms()
+    )
     assert (written == tokenizer.EOS).argmax(axis=0).tolist() == [1, 2, 0]
 
 
@@ -198,15 +202,15 @@ def test_a_context_of_one_position(sampler, tokenizer):
     generator = np.random.default_rng(0)
     for weight in model.trainable_weights:
         weight.assign(generator.normal(size=weight.shape))
-    assert_same_texts(model_weights(model), sampler(), encode(tokenizer), chance(steps=9))
+    assert_same_texts(model_weights(model), sampler(), encode(tokenizer), make_uniforms(steps=9))
 
 
 def test_logits_are_those_of_the_cpu(weights, sampler, tokenizer, calls, monkeypatch):
     expected, read = [], Batch.read
     monkeypatch.setattr(Batch, "read", lambda *args: expected.append(read(*args)) or expected[-1])
-    assert_same_texts(weights, sampler(), encode(tokenizer), chance())
+    assert_same_texts(weights, sampler(), encode(tokenizer), make_uniforms())
     step = 0
-    for _, _, (_, state, *_, num_steps), _ in [call for call in calls if call[0] == "_write"]:
+    for _, _, (_, state, *_, num_steps), _ in [call for call in calls if call[0] == "write_tokens"]:
         np.testing.assert_allclose(state["logits"][:3], expected[step], atol=1e-4)
         step += num_steps
     assert step == len(expected) == STEPS
@@ -217,11 +221,11 @@ def test_logits_are_those_of_the_cpu(weights, sampler, tokenizer, calls, monkeyp
 def test_the_rule_of_n_grams_sees_all_of_a_text_of_any_length(transformer, sampler, tokenizer, monkeypatch):
     settings = {"temperature": 0, "no_repeat_ngram": 1, "logit_bias": {tokenizer.EOS: -np.inf}}
     monkeypatch.setattr(device_loop, "_FIRST_COLUMNS", 3)
-    written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer), chance())
+    written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer), make_uniforms())
     assert all(len(set(ids.tolist())) == STEPS for ids in written.T)
-    over = np.zeros(3, bool)
-    steps = device_loop.steps(
-        transformer, sampler(**settings), encode(tokenizer), Noise([0, 1, 2]), 10**11, over, chunk=7
+    finished = np.zeros(3, bool)
+    steps = device_loop.write_steps(
+        transformer, sampler(**settings), encode(tokenizer), RandomNumbers([0, 1, 2]), 10**11, finished, chunk=7
     )
     np.testing.assert_array_equal(list(itertools.islice(steps, STEPS)), written)
 
@@ -230,7 +234,7 @@ def test_how_many_texts_are_written_at_once_is_a_matter_of_the_memory_in_use(tra
     monkeypatch.setattr(writer, "machine_bytes", lambda: 1e6)
     monkeypatch.setattr(writer, "available_bytes", lambda: 1e9)
     at_once = [
-        writer.Writer(tokenizer, engine, transformer, check_sampling(), 9, ()).num_texts_at_once(1)
+        writer.Writer(tokenizer, engine, transformer, check_sampling(), 9, ()).texts_per_batch(1)
         for engine in ("numpy", "device")
     ]
     assert at_once[1] == pytest.approx(1000 * at_once[0], rel=0.1)
@@ -239,16 +243,16 @@ def test_how_many_texts_are_written_at_once_is_a_matter_of_the_memory_in_use(tra
 @architectures
 def test_bfloat16_is_near(weights, sampler, tokenizer, uncompiled, calls):
     for dtype in ("float32", "bfloat16"):
-        write(weights, sampler(), encode(tokenizer), chance(steps=1), dtype=dtype)
-    exact, near = (state["logits"][:3] for name, _, (_, state, *_), _ in calls if name == "_write")
+        write(weights, sampler(), encode(tokenizer), make_uniforms(steps=1), dtype=dtype)
+    exact, near = (state["logits"][:3] for name, _, (_, state, *_), _ in calls if name == "write_tokens")
     assert near.dtype == np.float32
     assert 1e-4 < np.abs(near - exact).max() < 0.2 * exact.std()
 
 
 @architectures
 def test_another_prompt_batch_model_or_number_compiles_nothing(kind, weights, sampler, tokenizer, monkeypatch):
-    traces, read = [], device_loop._read
-    monkeypatch.setattr(device_loop, "_read", lambda *args: traces.append(args) or read(*args))
+    traces, read = [], device_steps.read_columns
+    monkeypatch.setattr(device_steps, "read_columns", lambda *args: traces.append(args) or read(*args))
     if keras.backend.backend() == "tensorflow":  # what is not traced anew is not compiled anew, which takes longer
         graph = functools.cache(lambda f, *static: tf.function(functools.partial(f, *static), autograph=False))
         monkeypatch.setattr(device_loop, "xla_jit", graph)
@@ -257,7 +261,7 @@ def test_another_prompt_batch_model_or_number_compiles_nothing(kind, weights, sa
 
     def run(prompts, weights=weights, steps=3, **changed):
         made = sampler(**{**settings, **changed})
-        return np.array(write(weights, made, encode(tokenizer, prompts), chance(len(prompts), steps)))
+        return np.array(write(weights, made, encode(tokenizer, prompts), make_uniforms(len(prompts), steps)))
 
     first = run(["白", "白日依", "", "山"])
     once = len(traces)
@@ -276,36 +280,36 @@ def test_another_prompt_batch_model_or_number_compiles_nothing(kind, weights, sa
 
 
 def test_the_first_tokens_are_shown_while_more_are_to_come(transformer, sampler, tokenizer, calls):
-    steps = device_loop.steps(
-        transformer, sampler(), encode(tokenizer, ["白"]), Drawn(chance(1)), STEPS, np.zeros(1, bool), chunk=4
+    steps = device_loop.write_steps(
+        transformer, sampler(), encode(tokenizer, ["白"]), Drawn(make_uniforms(1)), STEPS, np.zeros(1, bool), chunk=4
     )
     for _ in range(4):
         next(steps)
-    assert [name for name, *_ in calls] == ["_read_texts", "_write"]
+    assert [name for name, *_ in calls] == ["read_texts", "write_tokens"]
     next(steps)
     assert len(calls) == 3
 
 
 def test_the_device_stops_where_all_texts_have_ended(transformer, sampler, tokenizer, calls):
     settings = {"no_repeat_ngram": 9, "logit_bias": {tokenizer.EOS: 5.0}, "top_p": None}
-    written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer), chance(), chunk=STEPS)
+    written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer), make_uniforms(), chunk=STEPS)
     assert 1 < len(written) < STEPS // 2
     (*_, (state, ids, _)) = calls[-1]
     assert ids.shape == (4, STEPS)
     np.testing.assert_array_equal(state["text"][:3, -len(written) :], written.T)  # nothing was appended after
 
 
-def test_weights_are_moved_once_and_let_go_with_the_model(sampler, tokenizer):
+def test_weights_are_copied_once_and_freed_with_the_model(sampler, tokenizer):
     weights = make_weights("lstm", tokenizer)
     for prompts in (["白"], ["日"]):
-        write(weights, sampler(), encode(tokenizer, prompts), chance(1, 2))
-    kept = device_loop._moved[weights]["float32"]
+        write(weights, sampler(), encode(tokenizer, prompts), make_uniforms(1, 2))
+    kept = device_loop._device_weights[weights]["float32"]
     assert device_loop._weights_on_device(weights, "float32") is kept
     gc.collect()
-    before = len(device_loop._moved)
+    before = len(device_loop._device_weights)
     del weights, kept
     gc.collect()
-    assert len(device_loop._moved) == before - 1
+    assert len(device_loop._device_weights) == before - 1
 
 
 def test_a_number_that_rounds_to_1_draws_a_token_that_can_come(transformer, sampler, tokenizer):
@@ -325,19 +329,21 @@ def lowered_for_accelerators(function, arguments):
 
 @architectures
 def test_it_can_be_compiled_for_accelerators(weights, sampler, tokenizer, calls):
-    write(weights, sampler(**all_settings(tokenizer)), encode(tokenizer), chance())  # what was compiled for draws
-    assert [name for name, *_ in calls[:2]] == ["_read_texts", "_write"]
+    write(
+        weights, sampler(**all_settings(tokenizer)), encode(tokenizer), make_uniforms()
+    )  # what was compiled for draws
+    assert [name for name, *_ in calls[:2]] == ["read_texts", "write_tokens"]
     for name, static, arguments, _ in calls[:2]:
-        code = lowered_for_accelerators(calls.compiled(getattr(device_loop, name), *static), arguments)
-        assert ("while" in code) == (name == "_write" or hasattr(weights, "layers"))
+        code = lowered_for_accelerators(calls.compiled(getattr(device_steps, name), *static), arguments)
+        assert ("while" in code) == (name == "write_tokens" or hasattr(weights, "layers"))
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="TensorFlow does not show its compiled code")
 def test_the_cache_is_written_in_place(transformer, sampler, tokenizer, calls):
-    write(transformer, sampler(), encode(tokenizer), chance(steps=1))
+    write(transformer, sampler(), encode(tokenizer), make_uniforms(steps=1))
     name, static, arguments, _ = calls[-1]
-    assert name == "_write"
-    lines = calls.compiled(device_loop._write, *static).lower(*arguments).compile().as_text().splitlines()
+    assert name == "write_tokens"
+    lines = calls.compiled(device_steps.write_tokens, *static).lower(*arguments).compile().as_text().splitlines()
     of_the_cache = [line for line in lines if f"f32[4,2,{T},8]" in line]
     assert any("dynamic-update-slice" in line for line in of_the_cache)
     assert not [line for line in of_the_cache if " copy(" in line]
@@ -348,4 +354,4 @@ def test_logits_that_are_not_finite_are_said(transformer, sampler, tokenizer):
     spoilt = dataclasses.replace(transformer, final_norm=np.full_like(transformer.final_norm, np.nan))
     for weights, settings in ((spoilt, {}), (spoilt, {"temperature": 1.0})):
         with pytest.raises(ValueError, match="not finite"):
-            write(weights, sampler(**settings), encode(tokenizer), chance())
+            write(weights, sampler(**settings), encode(tokenizer), make_uniforms())

@@ -37,8 +37,8 @@ def tokens(texts, spans):
     return np.array(triples, np.int64).T.copy()
 
 
-def decoders(model):
-    """Each decoder there is for a model, and how near it comes to the model's own logits."""
+def engines(model):
+    """Each engine there is for a model, and how near it comes to the model's own logits."""
     weights = weights_of(model)
     yield make_engine(weights, len(LENGTHS), "numpy").read, 1e-4
     yield make_engine(weights, len(LENGTHS), "numba").read, 8e-3
@@ -48,27 +48,27 @@ def decoders(model):
 def test_logits_are_those_of_the_graph(model, texts):
     expected = np.array(model.predict_on_batch(texts))
     assert expected.std() > 0.5
-    for decode, tolerance in decoders(model):
+    for read, tolerance in engines(model):
         # Prompts of three lengths in one call, then a token a call, of rows that fall out one by one.
         prompts = {row: (0, length) for row, length in enumerate(LENGTHS)}
         np.testing.assert_allclose(
-            decode(*tokens(texts, prompts)), expected[range(3), np.array(LENGTHS) - 1], atol=tolerance
+            read(*tokens(texts, prompts)), expected[range(3), np.array(LENGTHS) - 1], atol=tolerance
         )
         for step in range(T):
             spans = {row: (n + step, n + step + 1) for row, n in enumerate(LENGTHS) if n + step < T}
             if spans:
                 rows, positions, ids = tokens(texts, spans)
-                logits = decode(rows, positions, ids)
+                logits = read(rows, positions, ids)
                 np.testing.assert_allclose(logits, expected[rows, positions], atol=tolerance)
                 assert logits.shape == (len(spans), V)
 
 
 def test_a_row_can_begin_anew_and_read_pieces_of_any_length(model, texts):
     expected = np.array(model.predict_on_batch(texts))
-    for decode, tolerance in decoders(model):
-        decode(*tokens(texts[::-1], {0: (0, T), 1: (0, T), 2: (0, T)}))
+    for read, tolerance in engines(model):
+        read(*tokens(texts[::-1], {0: (0, T), 1: (0, T), 2: (0, T)}))
         for start, end in ((0, 2), (2, 7), (7, T)):
-            logits = decode(*tokens(texts, {0: (start, end), 2: (start, end)}))
+            logits = read(*tokens(texts, {0: (start, end), 2: (start, end)}))
             np.testing.assert_allclose(logits, expected[[0, 2], end - 1], atol=tolerance)
 
 
@@ -154,11 +154,11 @@ def test_an_untied_lstm_is_read_fast(texts):
 
     for settings in ({"tie_embeddings": False}, {"embedding_dim": 16}):
         model = spread(lstm(V, T, hidden_dim=16, **settings))
-        decoder = make_engine(model, 1, "numpy")
+        engine = make_engine(model, 1, "numpy")
         assert weights_of(model) is not None
-        assert decoder.num_positions is None
+        assert engine.num_positions is None
         np.testing.assert_allclose(
-            decoder.read(*tokens(texts, {0: (0, T)}))[0], np.array(model.predict_on_batch(texts[:1]))[0, -1], atol=1e-4
+            engine.read(*tokens(texts, {0: (0, T)}))[0], np.array(model.predict_on_batch(texts[:1]))[0, -1], atol=1e-4
         )
 
 
@@ -179,8 +179,8 @@ def test_a_model_that_only_looks_like_ours_is_read_through_itself(build, tokeniz
     with pytest.warns(UserWarning, match="computes something else"):
         assert model_weights(model) is None
     assert model_weights(model) is None  # it is not tried again
-    decoder = make_engine(model, 1, "numba")
-    logits = decoder.read(np.zeros(3, np.int64), np.arange(3), np.arange(3))[0]
+    engine = make_engine(model, 1, "numba")
+    logits = engine.read(np.zeros(3, np.int64), np.arange(3), np.arange(3))[0]
     np.testing.assert_allclose(logits, np.array(model(np.arange(T)[None]))[0, 2], atol=1e-5)
 
 
@@ -192,8 +192,8 @@ def test_a_long_context_is_compared_over_a_few_tokens(build, monkeypatch):
         return lambda rows, positions, ids: lengths.append(len(ids)) or read(rows, positions, ids), copy
 
     monkeypatch.setattr(weight_cache, "numpy_engine", counting)
-    assert model_weights(spread(build(V, 5 * weight_cache._COMPARED))) is not None
-    assert lengths == [weight_cache._COMPARED]
+    assert model_weights(spread(build(V, 5 * weight_cache._NUM_COMPARED))) is not None
+    assert lengths == [weight_cache._NUM_COMPARED]
 
 
 def test_a_model_that_looks_ahead_is_read_through_itself(build, monkeypatch):
@@ -234,7 +234,7 @@ def test_each_way_to_change_a_variable_is_noticed(build, tmp_path):
         ("MultiHeadAttention", "_inverse_sqrt_key_dim", 2.0),  # which no configuration tells
     ],
 )
-@pytest.mark.filterwarnings("ignore:The model has the layers and settings of one of ours")
+@pytest.mark.filterwarnings("ignore:The model has the layers and settings of one that aigc_tf built")
 def test_a_setting_of_a_layer_that_changes_is_noticed(tokenizer, kind, name, value):
     model = spread(transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8))
     ids = np.arange(T)[None]
@@ -257,30 +257,30 @@ def test_a_setting_of_a_layer_that_changes_is_noticed(tokenizer, kind, name, val
 
 
 def test_layers_that_came_or_went_are_noticed(tokenizer):
-    from aigc_tf.generation.engines.weight_watch import LayerSettings
+    from aigc_tf.generation.engines.weight_watch import LayerSnapshot
 
     ids = keras.Input((T,), dtype="int32")
     x = keras.layers.Embedding(tokenizer.vocab_size, 8)(ids)
     one, two = keras.Model(ids, x), keras.Model(ids, keras.layers.Dense(8)(x))  # of the same layers, and one more
-    assert LayerSettings(one).is_current(one)
-    assert not LayerSettings(one).is_current(two)
-    assert not LayerSettings(two).is_current(one)
+    assert LayerSnapshot(one).is_current(one)
+    assert not LayerSnapshot(one).is_current(two)
+    assert not LayerSnapshot(two).is_current(one)
 
 
 def test_what_is_known_of_a_model_does_not_keep_it_alive(tokenizer):
     model = transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8)
     model_weights(model)
-    known = len(weight_cache._read_before)
+    known = len(weight_cache._cache)
     del model
     gc.collect()
-    assert len(weight_cache._read_before) < known
+    assert len(weight_cache._cache) < known
 
 
 def test_values_are_compared_where_they_are(build):
-    from aigc_tf.generation.engines.weight_watch import Watch
+    from aigc_tf.generation.engines.weight_watch import VariableSnapshot
 
     model = build(V, T)
-    watch = Watch(model)
+    watch = VariableSnapshot(model)
     watch._on_host = False  # as on a GPU
     assert watch.is_current(model)
     model.weights[-1].assign(model.weights[-1] + 1)
@@ -288,11 +288,11 @@ def test_values_are_compared_where_they_are(build):
 
 
 def test_one_model_after_the_other_is_read_without_a_warning(tensorflow_log):
-    from aigc_tf.generation.engines.weight_watch import Watch
+    from aigc_tf.generation.engines.weight_watch import VariableSnapshot
 
     for _ in range(8):
         ids = keras.Input((T,), dtype="int32")
-        Watch(keras.Model(ids, keras.layers.Embedding(V, V)(ids)))
+        VariableSnapshot(keras.Model(ids, keras.layers.Embedding(V, V)(ids)))
     assert tensorflow_log.messages == []
 
 

@@ -76,7 +76,7 @@ def test_a_matrix_packed_in_parts_is_packed_as_a_whole():
 def test_rows_begin_with_a_line_of_the_cache():
     for shape in ((1, 1), (3, 70), (130, 64)):
         rounded = int16.pack(*[(normal(*shape), normal(shape[1]))] * 3).rounded
-        assert rounded.shape == (3, shape[1], int16.filled_up(shape[0]))
+        assert rounded.shape == (3, shape[1], int16.padded_width(shape[0]))
         assert all(row.ctypes.data % 64 == 0 for row in rounded.reshape(-1, rounded.shape[-1]))
 
 

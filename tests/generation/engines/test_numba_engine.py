@@ -187,7 +187,7 @@ def test_bias_the_end_and_what_is_no_number():
         for uniform in (0.0, 0.5, np.nextafter(1.0, 0.0)):
             ids = numba_sampling.sample(logits, np.full(7, uniform), np.zeros(7, np.int64), args)
             assert uniform != 0.5 or ids[[0, 1, 3]].tolist() == [8, 2, 8]
-            assert (ids[[2, 4, 5, 6]] == numba_sampling.NO_NUMBER).all()
+            assert (ids[[2, 4, 5, 6]] == numba_sampling.NOT_FINITE_ID).all()
 
 
 def transformer_weights(num_blocks, dim=8, vocab_size=41, context=6):
