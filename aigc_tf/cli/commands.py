@@ -228,8 +228,9 @@ def _generate(options) -> None:
 
 def _info(options) -> None:
     from ..generation.show import as_json, printable
-    from ..runs.folder import read_run, versions
+    from ..runs.folder import read_run
     from ..runs.tables import run_table
+    from ..runs.versions import versions
 
     content = read_run(options.folder) if options.folder else versions()
     if options.json:

@@ -1,55 +1,51 @@
-"""Saving: a run folder, model and tokenizer with all there is to know of how they were made."""
+"""Run folder: save(), load(), load_writer(), read_run(): a model, its tokenizer, and how they were made."""
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import __version__
 from ..corpus.tokenizer import Tokenizer
 from ..models.contract import check_model
 from ..models.keras_file import check_keras_file, read_keras_file
 from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.files import parse_json, rename, sync, temporary_path, write_json
 from ..runtime.keras_internals import is_its_graph
+from .versions import versions
 
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
-_SAVING = ".saving"  # in a run folder, a folder of files that are whole, and on their way to their places
+_SAVING = ".saving"  # in a run folder, a folder of complete files that are being moved to their places
 _FORMAT = {"format": "aigc_tf run", "version": 1}
-_OF_SAVE = (*_FORMAT, "saved", "model", "tokenizer", "versions", "sha256")  # what `save` itself tells in `run.json`
-_LOOKS = 9  # at a run that is replaced meanwhile
+_OWN_KEYS = (*_FORMAT, "saved", "model", "tokenizer", "versions", "sha256")  # what `save` itself writes to `run.json`
+_READ_ATTEMPTS = 9  # of a run that is being replaced
 
 
 def save(path, model, tokenizer: Tokenizer, **record) -> None:
     """Write a run folder: `model.keras`, `tokenizer.json` and `run.json`.
 
-    The files of an earlier run in the folder are replaced in one step, when all of the new ones are written: killed
-    at any moment, it leaves either run whole. `model.keras` holds the weights without the optimizer, and loads in
-    plain Keras too. Where several hosts train together, the first one writes.
+    The files of an earlier run in the folder are replaced in one step, when all new ones are written: killed at any
+    moment, it leaves one run or the other complete. `model.keras` holds the weights without the optimizer, and loads
+    in plain Keras too. If several hosts train together, the first one writes.
 
     Args:
-        path: the folder; it is made if need be, and other files in it stay.
+        path: the folder, which is created if it does not exist; other files in it stay.
         model: the `keras.Model`.
         tokenizer: its tokenizer.
-        **record: what else `run.json` shall tell, such as `settings`, `data` and `figures`: anything that
-            JSON can hold, under other names than `save` itself tells; `settings` must be a dict.
+        **record: what else to write to `run.json`, such as `settings`, `data` and `figures`: anything that JSON can
+            hold, under names that `save` does not use itself; `settings` must be a dict.
 
     Raises:
-        ValueError: model and tokenizer do not belong together, `record` is what `read_run` would refuse, or the model
-            is what `load_writer` gives, or of a class that overrides `call`.
+        ValueError: model and tokenizer do not belong together, `read_run` would refuse `record`, or the model comes
+            from `load_writer` or from a class that overrides `call`.
     """
     from ..runtime.backend import keras
     from ..runtime.distribution import is_first_host
 
     if isinstance(model, TransformerWeights | LstmWeights):
-        raise ValueError("save needs the model itself, got what load_writer gives. Load it with load.")
+        raise ValueError("save needs a keras.Model, got the weights that load_writer returns. Load it with load.")
     check_model(model, tokenizer)
     run = {
         **_FORMAT,
@@ -57,12 +53,12 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         "model": {"name": model.name, "parameters": model.count_params(), "context": model.input_shape[1]},
         "tokenizer": {"unit": tokenizer.unit, "vocab_size": tokenizer.vocab_size},
         "versions": versions(),
-        "sha256": dict.fromkeys((_MODEL, _TOKENIZER), ""),  # told below
+        "sha256": dict.fromkeys((_MODEL, _TOKENIZER), ""),  # filled in below
     }
     run = _with_record(run, record)
     if not is_its_graph(model):
         raise ValueError(
-            f"save writes the graph of a model, and {type(model).__name__} overrides its call, which would be lost. "
+            f"save writes the graph of a model, but {type(model).__name__} overrides call(), which would be lost. "
             "Make what it does a layer of the graph: keras.Model(ids, layer(ids))."
         )
     if not is_first_host():
@@ -80,7 +76,7 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         run["sha256"] = {name: _sha256(folder / name) for name in (_MODEL, _TOKENIZER)}
         write_json(folder / _RUN, run)
         for attempt in range(100):
-            _finish_saving(path)  # what a killed process, or another thread, has begun
+            _finish_saving(path)  # what a killed process or another thread has begun
             try:
                 rename(folder, path / _SAVING)  # from here on the new run is the one that is loaded
                 break
@@ -91,15 +87,15 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
 
 
 def add_to_run(path, **record) -> None:
-    """Tell more in the `run.json` of a run folder.
+    """Add to the `run.json` of a run folder.
 
     Args:
         path: the folder that `save` wrote.
-        **record: as for `save`; what is there already by such a name is replaced.
+        **record: as for `save`; entries of the same names are replaced.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is no run folder.
-        ValueError: `run.json` is damaged or of another version, or `record` is what `read_run` would refuse.
+        FileNotFoundError: there is no such folder, or it is not a run folder.
+        ValueError: `run.json` is damaged or of another version, or `read_run` would refuse `record`.
     """
     from ..runtime.distribution import is_first_host
 
@@ -109,9 +105,11 @@ def add_to_run(path, **record) -> None:
 
 
 def _with_record(run: dict, record: dict) -> dict:
-    """Return what `run.json` tells with more told in it, or refuse what could not be read again."""
-    if taken := sorted(record.keys() & {*_OF_SAVE}):
-        raise ValueError(f"{_RUN} tells {', '.join(_OF_SAVE)} itself, got {', '.join(taken)}. Name it otherwise.")
+    """Return the content of `run.json` with a record added, or refuse one that could not be read again."""
+    if taken := sorted(record.keys() & {*_OWN_KEYS}):
+        raise ValueError(
+            f"The names {', '.join(_OWN_KEYS)} of {_RUN} are reserved, got {', '.join(taken)}. Use others."
+        )
     run = {**run, **record}
     try:
         _check_run(parse_json(json.dumps(run, ensure_ascii=False).encode()))
@@ -121,22 +119,22 @@ def _with_record(run: dict, record: dict) -> dict:
 
 
 def _finish_saving(path: Path) -> None:
-    """Move the files of a run that is written to their places. Until then `_file` finds them where they are."""
+    """Move the files of a run that was written to their places; until then `_file` finds them where they are."""
     for name in (_MODEL, _TOKENIZER, _RUN):
-        with contextlib.suppress(FileNotFoundError):  # it is there already
+        with contextlib.suppress(FileNotFoundError):  # it was moved before
             rename(path / _SAVING / name, path / name)
-    with contextlib.suppress(OSError):  # it is gone already, or the next run is in it
+    with contextlib.suppress(OSError):  # it was removed before, or holds the next run
         (path / _SAVING).rmdir()
 
 
 def _file(path: Path, name: str) -> Path:
-    """Find a file of a run, also of one that a process was killed in moving to its place."""
+    """Find a file of a run, even if the process that moved it to its place was killed."""
     moving = path / _SAVING / name
     return moving if moving.is_file() else path / name
 
 
 def has_run(path: Path) -> bool:
-    """Tell whether a folder holds a run, be it one that a process was killed in moving to its place."""
+    """Check whether a folder holds a run."""
     return _file(path, _RUN).is_file()
 
 
@@ -150,10 +148,10 @@ def load(path):
         The `keras.Model`, not compiled, and the tokenizer.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is no run folder.
+        FileNotFoundError: there is no such folder, or it is not a run folder.
         ValueError: the files do not belong together, or are damaged.
     """
-    return _read_whole(path, _load)
+    return _read_consistently(path, _load)
 
 
 def _load(path: Path):
@@ -161,32 +159,32 @@ def _load(path: Path):
 
     file = _file(path, _MODEL)
     try:
-        model = keras.models.load_model(file, compile=False, safe_mode=True)  # no code runs from the file
+        model = keras.models.load_model(file, compile=False, safe_mode=True)  # safe_mode: the file cannot run code
     except (MemoryError, OSError):
         raise
-    except Exception as error:  # of any kind, as Keras builds whatever its configuration says
+    except Exception as error:  # of any kind, as Keras builds what the file's configuration says
         reason = str(error) or type(error).__name__
         raise ValueError(f"Keras {keras.__version__} cannot load {file}: {reason}.") from error
     return model, Tokenizer.load(_file(path, _TOKENIZER))
 
 
 def load_writer(path):
-    """Load from a run folder what `generate` needs, without loading Keras or TensorFlow.
+    """Load the weights that `generate` needs from a run folder, without loading Keras or TensorFlow.
 
-    That takes a fraction of a second. A model that `aigc_tf` did not build is loaded as `load` does it.
+    That takes a fraction of a second. A model that `aigc_tf` did not build is loaded as by `load`.
 
     Args:
         path: the folder that `save` wrote.
 
     Returns:
-        The weights, which stand in `generate`, `generate_batch`, `stream`, `evaluate` and `surprisal` where a model
-        stands, and the tokenizer.
+        The weights, which `generate`, `generate_batch`, `stream`, `evaluate` and `surprisal` take in place of a
+        model, and the tokenizer.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is no run folder.
+        FileNotFoundError: there is no such folder, or it is not a run folder.
         ValueError: the files do not belong together, or are damaged.
     """
-    return _read_whole(path, _load_writer)
+    return _read_consistently(path, _load_writer)
 
 
 def _load_writer(path: Path):
@@ -194,12 +192,12 @@ def _load_writer(path: Path):
     return (weights, Tokenizer.load(_file(path, _TOKENIZER))) if weights else _load(path)
 
 
-def _read_whole(path, read: Callable[[Path], tuple]) -> tuple:
-    """Read a run folder that is whole, and again if a save has replaced the run meanwhile."""
+def _read_consistently(path, read: Callable[[Path], tuple]) -> tuple:
+    """Check and read a run folder, and read it again if a save has replaced the run meanwhile."""
     path = Path(path)
-    for look in range(_LOOKS):
+    for attempt in range(_READ_ATTEMPTS):
         before = _stamps(path)
-        is_last = look == _LOOKS - 1
+        is_last = attempt == _READ_ATTEMPTS - 1
         try:
             _check_folder(path)
             found = read(path)
@@ -209,11 +207,11 @@ def _read_whole(path, read: Callable[[Path], tuple]) -> tuple:
         else:
             if is_last or _stamps(path) == before:
                 return found
-    raise AssertionError("the last look returns or raises")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _stamps(path: Path) -> list:
-    """Tell a run in a folder, and how far it is on its way to its place, from others."""
+    """Return what changes when a save replaces the run in a folder."""
     stamps = []
     for file in (path / _SAVING, path / _SAVING / _RUN, path / _RUN):
         with contextlib.suppress(OSError):
@@ -223,18 +221,18 @@ def _stamps(path: Path) -> list:
 
 
 def _check_folder(path: Path) -> None:
-    """Refuse a folder whose files are not those that its record tells of, or that reach beyond themselves."""
+    """Refuse a folder whose files differ from their hashes in `run.json`, or a model file that reads other files."""
     expected = read_run(path)["sha256"]
     for name in (_MODEL, _TOKENIZER):
         if not _file(path, name).is_file():
-            raise FileNotFoundError(f"The run folder {path} lacks its {name}.")
+            raise FileNotFoundError(f"The run folder {path} has no {name}. Save the run again.")
         if _sha256(_file(path, name)) != expected[name]:
-            raise ValueError(f"{path / name} is not the file that {_RUN} tells of: damaged, or of another run.")
+            raise ValueError(f"{path / name} does not have the hash in {_RUN}: it is damaged, or of another run.")
     check_keras_file(_file(path, _MODEL))
 
 
 def read_run(path) -> dict:
-    """Read what `run.json` of a run folder tells: settings, data, figures, versions.
+    """Read the `run.json` of a run folder: settings, data, figures, versions.
 
     Args:
         path: the folder that `save` wrote.
@@ -243,16 +241,18 @@ def read_run(path) -> dict:
         `dict`, as JSON has it.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is no run folder.
+        FileNotFoundError: there is no such folder, or it is not a run folder.
         ValueError: `run.json` is damaged or of another version.
     """
     file = _file(Path(path), _RUN)
     if not file.is_file():
         below = sorted(str(found.parent) for found in Path(path).glob(f"*/{_RUN}"))[:9]
         way = (
-            f"Name one of those below it: {', '.join(below)}" if below else "Name a folder that `train` or `save` wrote"
+            f"Name one of the run folders in it: {', '.join(below)}"
+            if below
+            else "Name a folder that `train` or `save` wrote"
         )
-        raise FileNotFoundError(f"{path} is no run folder: there is no {file}. {way}.")
+        raise FileNotFoundError(f"{path} is not a run folder: there is no {file}. {way}.")
     try:
         run = parse_json(file.read_text("utf-8"))
         _check_run(run)
@@ -262,40 +262,18 @@ def read_run(path) -> dict:
 
 
 def _check_run(run) -> None:
-    """Refuse a record of another format, or with settings that are not by name or cannot hold documents out."""
+    """Refuse a `run.json` of another format, or with settings that are not a dict or hold no documents out."""
     if any(run.get(key) != value for key, value in _FORMAT.items()):
         raise ValueError(f"it must say {_FORMAT}")
     hashes = run.get("sha256")
     if not isinstance(hashes, dict) or set(hashes) != {_MODEL, _TOKENIZER}:
-        raise ValueError(f"its sha256 must tell of {_MODEL} and {_TOKENIZER}, and of nothing else")
+        raise ValueError(f"its sha256 must be of {_MODEL} and {_TOKENIZER}, and of nothing else")
     settings = run.get("settings", {})
     if not isinstance(settings, dict):
         raise ValueError(f"settings must be a dict, got {settings!r}")
     fraction = settings.get("valid_fraction", 0.5)
     if not isinstance(fraction, int | float) or not 0 < fraction < 1:
-        raise ValueError(f"valid_fraction in its settings must lie between 0 and 1, got {fraction!r}")
-
-
-def versions() -> dict[str, str]:
-    """Tell the versions that a result depends on, and the backend."""
-    packages = ("keras", "tensorflow", "jax", "numpy", "jieba", "rjieba")
-    found = {"aigc_tf": __version__, "python": platform.python_version(), "backend": _backend()}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _backend() -> str:
-    """Tell the backend of Keras, without loading it: by the rules of Keras."""
-    if "keras" in sys.modules:
-        return sys.modules["keras"].backend.backend()
-    file = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "keras.json"
-    try:
-        configured = json.loads(file.read_text("utf-8")).get("backend")
-    except (OSError, ValueError, AttributeError):
-        configured = None
-    return os.environ.get("KERAS_BACKEND") or configured or "tensorflow"
+        raise ValueError(f"valid_fraction in its settings must be between 0 and 1, got {fraction!r}")
 
 
 def _sha256(file: Path) -> str:

@@ -395,7 +395,9 @@ def test_every_failure_is_one_line(run_folder, capsys, monkeypatch, error):
 
 
 def test_run_folders_below_are_named(run_folder, capsys):
-    assert f"Name one of those below it: {run_folder}" in only_error(capsys, ["generate", str(run_folder.parent)])
+    assert f"Name one of the run folders in it: {run_folder}" in only_error(
+        capsys, ["generate", str(run_folder.parent)]
+    )
 
 
 def test_generate_shows_a_text_before_it_has_loaded_keras(run_folder):
@@ -448,9 +450,9 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["train", text, "--out", run], "exists and is not empty"),
         (["train", text, "--steps", "0"], "steps must be at least 1"),
         (["train", text, "--batch-size", "0"], "batch_size must be at least 1"),
-        (["evaluate", text, text], "is no run folder"),
+        (["evaluate", text, text], "is not a run folder"),
         (["evaluate", run, str(tmp_path / "none")], "There is no file or folder"),
-        (["generate", str(tmp_path)], "is no run folder"),
+        (["generate", str(tmp_path)], "is not a run folder"),
         (["generate", run, "--temperature", "-1"], "temperature must be at least 0"),
         (["generate", run, "--top-p", "0"], "top_p must be above 0"),
         (["generate", run, "--num-samples", "0"], "--num-samples must be at least 1"),
@@ -476,7 +478,7 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["generate", run, "--num-beams", "2", "--length-penalty", "nan"], "length_penalty must be a finite number"),
         (["generate", run, "--seed", "-1"], "seed"),
         (["generate", str(tmp_path), "--top-p", "0"], "top_p must be above 0"),  # before anything is loaded
-        (["info", str(tmp_path)], "is no run folder"),
+        (["info", str(tmp_path)], "is not a run folder"),
         (["demo", "--out", str(tmp_path / "x"), "--steps-fraction", "0"], "steps_fraction must be finite and above 0"),
     ]:
         if arguments[0] == "train" and "--out" not in arguments:
