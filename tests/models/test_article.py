@@ -275,10 +275,10 @@ def test_attention_works_in_a_graph():
     np.testing.assert_allclose(ops.convert_to_numpy(model([x, causal])), expected, atol=1e-6)
 
 
-def test_shapes_that_do_not_fit_are_said():
+def test_shapes_that_do_not_fit_are_refused():
     a, b = normal(4, 6), normal(5, 3)
     assert "same size d_k, got 6 and 3" in message_of(ValueError, attention, a, b, b)
-    assert "a value for each key, got 5 and 4" in message_of(ValueError, attention, a, a, b)
+    assert "one value for each key, got 5 and 4" in message_of(ValueError, attention, a, a, b)
     assert "broadcastable to (4, 4), got (5, 4)" in message_of(ValueError, attention, a, a, a, np.ones((5, 4), bool))
     assert "broadcastable to (4, 4), got (1, 4, 4)" in message_of(
         ValueError, attention, a, a, a, np.ones((1, 4, 4), bool)
@@ -297,8 +297,13 @@ def shown():
 
 def test_the_example_is_the_printed_one():
     body = inspect.getsource(article_module.example).split('"""')[2]
-    imported = r"tf\.keras\.preprocessing\.text\.|keras\.preprocessing\.sequence\.|keras\.models\.|layers\.|history = "
-    lines = iter([re.sub(imported, "", line).strip() for line in body.splitlines()])
+    imported = r"keras\.preprocessing\.sequence\.|keras\.models\.|layers\.|history = "
+    lines = iter(
+        [
+            re.sub(imported, "", line).replace("legacy_text_tokenizer()", "Tokenizer").strip()
+            for line in body.splitlines()
+        ]
+    )
     for printed in PRINTED.strip().splitlines():
         assert printed.replace("'", '"') in lines, printed  # `in` reads on: the order counts too
 
