@@ -1,9 +1,10 @@
-"""What checkpoints cost: how long one takes to write and to read back, and its share of the default five minutes.
+"""The cost of checkpoints: how long one takes to write and to read, and its share of the default five minutes.
 
     python benchmarks/checkpoint_cost.py
 
-A checkpoint holds the weights, the two moments of AdamW and the best weights so far, all in float32, with a checksum,
-and is on the disk when it counts as written. Where it would take more than 2 % of the time, they come less often.
+A checkpoint holds the weights, the two moments of AdamW and the best weights so far, all in float32, with a checksum;
+it counts as written when it is on the disk. If checkpoints would take more than 2 % of the time, they are written less
+often.
 """
 
 import argparse

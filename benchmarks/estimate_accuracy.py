@@ -1,13 +1,13 @@
-"""Compare what `aigc_tf.estimate` says with what a training then takes: step time and peak memory.
+"""Compare what `aigc_tf.estimate` predicts with what a training takes: step time and peak memory.
 
-    python benchmarks/estimate_accuracy.py                 # six settings, about 10 minutes of two cores at rest
+    python benchmarks/estimate_accuracy.py                 # six settings, about 10 minutes of two idle cores
     python benchmarks/estimate_accuracy.py --only lstm     # those whose name contains "lstm"
 
-Every estimate and every training has a process of its own, so that neither finds the memory of the other. The training
-is `aigc_tf.train` with ten validations. Its step time is the wall time of the steps after the first validation,
-validation excluded; where the first nine tenths of the steps run among candidates, it is nine tenths of theirs and one
-tenth of that of a training without candidates. Its memory is the most that the process ever held (VmHWM, so this runs
-on Linux alone). Other work on the machine spoils the times, but hardly the memory.
+Each estimate and each training runs in a process of its own, so that neither sees the memory of the other. The training
+is `aigc_tf.train` with ten validations. Its step time is the wall time of the steps after the first validation, without
+validation; if the first nine tenths of the steps use a sampled softmax, it is nine tenths of their time and a tenth of
+that of a training without it. Its memory is the peak of the process (VmHWM, so this runs on Linux only). Other work on
+the machine spoils the times, but hardly the memory.
 """
 
 import argparse
@@ -114,7 +114,7 @@ def train(
 
 
 def peak_bytes() -> float:
-    """Read the most memory that this process ever held."""
+    """Read the peak memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 

@@ -1,11 +1,11 @@
-"""What words that a poem must contain cost: its form, whether they are there, and the time.
+"""The cost of forced words: the form of the poem, whether the words are there, and the time.
 
     aigc-tf demo                              # trains the two models
     python benchmarks/forced_words.py
 
-The words are the first two characters of clauses of poems that the models never saw, drawn alike for each model. A poem
-starts from nothing, with the default settings and a seed of its own; the right form is that of the demo, two lines of
-four clauses, all of 5 or all of 7 characters. Times are multiples of those of poems without words.
+The words are the first two characters of clauses of held-out poems, the same for each model. A poem starts from an
+empty prompt, with the default settings and a seed of its own. Well-formed is what the demo calls well-formed: two lines
+of four clauses, all of 5 or all of 7 characters. Times are multiples of those of poems without forced words.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
         def write(seed, forced, model=model, tokenizer=tokenizer):
             return aigc_tf.generate(model, tokenizer, max_new_tokens=LENGTH, seed=seed, forced=forced)
 
-        for forced in ([], words[0]):  # what is compiled and prepared once
+        for forced in ([], words[0]):  # compiled and prepared once
             write(0, forced)
         alone = None
         for number in range(3):

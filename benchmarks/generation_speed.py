@@ -4,25 +4,26 @@
     python benchmarks/generation_speed.py                                   # all that are installed
     python benchmarks/generation_speed.py --sizes S --systems ours llama.cpp-q8_0 --threads 1
 
-Each writes 200 new tokens after a prompt of 16, one row or 16 rows at once, with top-k 50 at temperature 1. The models
-have the shape of GPT-2 (learned positions, biases, GELU by tanh, the token embedding as head), a vocabulary of 8,192,
-and random weights, wide enough that two thirds of a text's tokens are different ones: S is 4 layers, 256 wide, M is 6
-layers, 384 wide, base is GPT-2's own 12 layers, 768 wide.
+Each generates 200 tokens after a prompt of 16, one row or a batch of 16 rows, with top-k 50 at temperature 1. The
+models have the shape of GPT-2 (learned positions, biases, GELU by tanh, tied head), a vocabulary of 8,192, and random
+weights, wide enough that two thirds of the tokens of a text are distinct: S is 4 layers, 256 wide, M is 6 layers, 384
+wide, base is GPT-2's own 12 layers, 768 wide.
 
-What they compute in is part of what is compared, so the error of the logits after the prompts stands beside the speed:
-the root of its mean square against float32, in standard deviations of the logits. Ours keeps and multiplies matrices in
-16 bits, llama.cpp keeps them as its file does (f32, f16, or q8_0, which its users take most), Hugging Face's `eager` is
-`generate` as it comes, in float32; `compiled` has its static cache and `torch.compile`, in float32 and in bfloat16.
-keras-hub is compiled by XLA, on TensorFlow, in float32. llama-cpp-python compiles llama.cpp for this processor when it
-is installed, which wheels of other packages do not; it is driven from Python here, a call for each token of all rows,
-which costs it some 10 to 20 microseconds a token: its own `llama-batched-bench` has none of that.
+Systems compute in different precisions, so the error of the logits after the prompts is shown next to the speed: the
+root mean square of the difference from float32, in standard deviations of the logits. Ours stores and multiplies
+matrices in 16 bits; llama.cpp stores them as its file does (f32, f16, or q8_0, its users' usual choice). Hugging Face's
+`eager` is `generate` as it comes, in float32; `compiled` has its static cache and `torch.compile`, in float32 and in
+bfloat16. keras-hub is compiled by XLA, on TensorFlow, in float32. llama-cpp-python compiles llama.cpp for this machine
+during installation, unlike the wheels of other packages. It is driven from Python, one call for each token of all rows,
+which costs it about 10 to 20 microseconds a token; its own `llama-batched-bench` has no such cost.
 
-No text ends early: the peers know no end of text here, ours bans it, and a child that counts other than the tokens
-it was asked for stops. Ours bans parts of characters too, so that each new token is one character of the text.
+No text ends early: the peers have no end of text here, ours bans it, and a child stops if its number of tokens is not
+the one asked for. Ours also bans parts of characters, so that each new token is one character.
 
-The allocator is the same for all (see `turns.py`). But be alone on the machine: threads that wait for each other lose
-far more than their share of the time, ours, PyTorch's and llama.cpp's, and `--threads 1` then tells more. The first
-call holds what is compiled, by numba too, which else keeps it on disk. Other figures are medians over the rounds.
+The allocator is the same for all (see `turns.py`). Run it on an otherwise idle machine: threads that wait for each
+other lose far more than their share of the time, in ours, PyTorch and llama.cpp alike; if that is impossible,
+`--threads 1` says more. The first call includes compilation, also numba's, which is normally cached on disk. Other
+figures are medians over the rounds.
 """
 
 import argparse
@@ -48,11 +49,11 @@ STDDEV = 0.08  # of the weights
 
 
 def main() -> None:
-    """Print the tables, or as a child process make a system and let it write."""
+    """Print the tables, or, as a child process, make a system and let it generate."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     turns.add_options(parser)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], metavar="B", help="rows at once")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], metavar="B", help="rows in a batch")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     options = parser.parse_args()
     if options.child:
@@ -75,7 +76,7 @@ def main() -> None:
 
 
 def measure(systems: list[str], size: str, batch: int, options) -> list[dict]:
-    """Let the systems write with one size and batch, in turns, with each allocator."""
+    """Let the systems generate with one size and batch, in turns, with each allocator."""
     children, keys = {}, {}
     environment = {**dict.fromkeys(turns.THREADS, str(options.threads)), "KERAS_BACKEND": "tensorflow"}
     for system in systems:
@@ -90,7 +91,7 @@ def measure(systems: list[str], size: str, batch: int, options) -> list[dict]:
 
 
 def print_tables(results: list[dict]) -> None:
-    """Print speeds, ours as a multiple of the peers', the errors of logits, and how long a first token takes."""
+    """Print speeds, ours as a multiple of the peers', the errors of the logits, and the time to the first token."""
     speeds, errors, first_tokens, first_calls, rounds = ({} for _ in range(5))
     several = len({result["allocator"] for result in results}) > 1
     for result in results:
@@ -139,7 +140,7 @@ def random_prompts(batch: int) -> np.ndarray:
 
 
 def randomize(model) -> None:
-    """Draw the matrices of a Keras model anew."""
+    """Give the matrices of a Keras model new random values."""
     generator = np.random.default_rng(0)
     model.set_weights([generator.normal(0, STDDEV, w.shape) if w.ndim > 1 else w for w in model.get_weights()])
 
@@ -195,7 +196,7 @@ def hugging_face(shape, batch, threads, is_compiled=False, dtype="float32"):
     model.to(getattr(torch, dtype))
     own = logits()
     if is_compiled:
-        # Of one length whatever is to be written, so that nothing is compiled twice.
+        # Always of the same length, so that nothing is compiled twice.
         settings |= {"cache_implementation": "static", "cache_config": {"max_cache_len": CONTEXT}}
         model.forward = torch.compile(model.forward)
     return own, exact, write

@@ -6,28 +6,27 @@
     python benchmarks/learning.py --corpora tang --seconds 600 --seeds 0 --systems lstm torch-lstm --dropout 0.1
     python benchmarks/learning.py --corpora quatrains laws --systems lstm lstm-plain --seconds 100
 
-Two methods make a difference beside the architecture, and anybody may have them: an embedding counted in the text
-(`aigc_tf.initialise`) and a softmax over candidates in nine tenths of the time (`num_candidates` of `aigc_tf.train`).
-So each architecture is trained by each package with and without them:
+Two methods make a difference apart from the architecture, and any package can use them: an embedding counted in the
+text (`aigc_tf.initialise`) and a sampled softmax in nine tenths of the time (`num_candidates` of `aigc_tf.train`). So
+each architecture is trained by each package with and without them:
 
-    lstm, transformer                       ours, as by default: with both
+    lstm, transformer                       ours, with both, as by default
     lstm-counted, transformer-counted       with the embedding only
-    lstm-candidates, transformer-candidates with the candidates only
+    lstm-candidates, transformer-candidates with the sampled softmax only
     lstm-plain, transformer-plain           with neither
     torch-lstm, torch-gpt                   plain PyTorch, compiled, with neither
-    torch-lstm-methods, torch-gpt-methods   the same with both: the same counted embedding, candidates drawn alike
+    torch-lstm-methods, torch-gpt-methods   the same with both: the same embedding, candidates drawn the same way
     5-gram                                  Kneser-Ney, for comparison
 
-All train in bfloat16 with AdamW and a learning rate that rises, stays and falls to zero. Each run has a process and a
-core of its own, and the allocator that `turns.py` calls "kept"; as many run at a time as there are cores. What counts
-is the CPU time of the process from the first step on, and that of counting the embedding; not that of compiling, for
-which a few steps with a rate of zero go before, nor of evaluation. Everybody stops by this clock, which tells the rate
-and when the softmax runs over all tokens too; the table shows how far the last step went beyond it. PyTorch reads the
-same windows from a file; no TensorFlow is loaded there.
+All train in bfloat16 with AdamW and a learning rate that warms up, stays constant and falls to zero. Each run has a
+process and a core of its own, and the allocator that `turns.py` calls "kept"; as many run in parallel as there are
+cores. The clock is the CPU time of the process from the first step, plus that of counting the embedding. Compilation,
+which happens in a few steps with a rate of zero beforehand, and evaluation are not counted. All stop by this clock;
+it also sets the learning rate and decides when the softmax runs over all tokens. The table shows how far the last step
+overran. PyTorch reads the same windows from a file, without loading TensorFlow.
 
-A tenth of the documents is held out. Settings, such as dropout, are to be chosen by the first half of it, "valid", and
-reported on the other, "test", which nothing was chosen by. Results go to a file, one line a run, and a run that is
-there already is not done again.
+A tenth of the documents is held out. Choose settings, such as dropout, on its first half, "valid", and report on the
+other, "test". Results go to a file, one line a run; a run that is already there is not repeated.
 """
 
 import argparse
@@ -45,7 +44,7 @@ from pathlib import Path
 import turns
 
 CONTEXT, BATCH_SIZE = {"lstm": 64, "transformer": 128, "gpt": 128}, 16  # windows of 64 tokens, or half as many of 128
-# The same shapes for all. That of the GPT was the best of nine in PyTorch on all of Tang at 600 seconds, see README.md.
+# The same shapes for all. The GPT's was the best of nine in PyTorch on all of Tang at 600 seconds, see README.md.
 LSTM = {"num_layers": 1, "hidden_dim": 512}
 OURS = {"lstm": LSTM, "transformer": {"num_layers": 2, "hidden_dim": 128, "num_heads": 2}}
 TORCH = {"lstm": LSTM, "gpt": {"num_layers": 2, "dim": 128, "context": CONTEXT["gpt"]}}
@@ -123,7 +122,7 @@ def key(result: dict) -> str:
 
 
 def ask(job: dict, core: str, options) -> dict:
-    """Do a run in a process of its own, on one core."""
+    """Run a system in a process of its own, on one core."""
     command = [sys.executable, __file__, "--child", job["corpus"], job["system"], str(job["seed"])]
     command += ["--seconds", str(options.seconds), "--batch-size", str(options.batch_size)]
     command += ["--archive", str(options.archive), "--prepared", str(options.prepared)]
@@ -202,7 +201,7 @@ def documents_of(corpus: str, archive: Path) -> list[str]:
 
 
 class Clock:
-    """The share of a budget of CPU time that is gone, and the learning rate there, as a share of the highest."""
+    """The share of a budget of CPU time that is used up, and the learning rate then, as a share of the highest."""
 
     def __init__(self, seconds: float):
         self.seconds, self.began = seconds, time.process_time()
@@ -218,7 +217,7 @@ class Clock:
 
 
 def run_ours(name, is_counted, among_candidates, tokenizer, documents, seed, options):
-    """Train as `aigc_tf.train` does, but for the clock."""
+    """Train as `aigc_tf.train` does, except for the clock."""
     import aigc_tf
     from aigc_tf.models import networks
     from aigc_tf.runtime.backend import keras
@@ -297,14 +296,14 @@ def prepare(name, path, tokenizer, documents, held_out, seed) -> dict:
         arrays |= {f"{half}_{kind}": np.array(part) for kind, part in zip(("in", "out", "counted"), parts, strict=True)}
         arrays[f"{half}_chars"] = np.array(sum(map(len, texts)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_suffix(f".{os.getpid()}.npz")  # another run may prepare the same
+    written = path.with_suffix(f".{os.getpid()}.npz")  # another run may be preparing the same
     np.savez(written, **arrays)
     written.replace(path)
     return {}
 
 
 def run_torch(name, path, seed, options) -> dict:
-    """Train a model of plain PyTorch on what `prepare` wrote, with its counted embedding and candidates or without."""
+    """Train a plain PyTorch model on what `prepare` wrote, with or without the two methods."""
     import numpy as np
     import torch
     from torch_models import Lstm, Transformer, mixed, nats, trainer
@@ -321,7 +320,7 @@ def run_torch(name, path, seed, options) -> dict:
     rate, number = options.learning_rate or RATES[name], options.batch_size * 64
     settings = {"precision": "bfloat16", "learning_rate": rate, "weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM}
     step = trainer(model, 1, **settings)
-    among = max(number, len(counts) // 8) if has_methods else 0  # as ours choose it
+    among = max(number, len(counts) // 8) if has_methods else 0  # as ours chooses it
     among = among if 2 * among <= len(counts) else 0
     draw = candidates(counts, among, seed) if among else None
 
@@ -367,7 +366,7 @@ def candidates(counts, number: int, seed: int):
     generator = np.random.default_rng(seed)
     log_frequency = np.log((counts + 0.5) / (counts + 0.5).sum())
     log_missed = np.log1p(-np.exp(log_frequency))
-    low, high = 1.0, 1e12  # draws that give so many different tokens
+    low, high = 1.0, 1e12  # numbers of draws that give this many distinct tokens
     for _ in range(100):
         draws = math.sqrt(low * high)
         low, high = (low, draws) if -np.expm1(draws * log_missed).sum() > number else (draws, high)

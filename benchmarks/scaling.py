@@ -75,12 +75,12 @@ def run_network(name, width, seed, train_documents, valid_documents, tokenizer) 
     rate, at_width = RATES[name]
     model = build(tokenizer.vocab_size, CONTEXT, hidden_dim=width, seed=seed)
     data = aigc_tf.make_dataset(train_documents, tokenizer, CONTEXT, BATCH_SIZE, seed)
-    # Narrower models take a higher rate. The one wider than the demo's needs a much lower one: in one trial it stood at
-    # 8.14 bits per character with 2.8e-3, at 7.80 with 1.4e-3.
+    # Narrower models take a higher rate. The one wider than the demo's needs a much lower one: in one trial it reached
+    # 8.14 bits per character with 2.8e-3, and 7.80 with 1.4e-3.
     learning_rate = rate * (at_width / width) ** (0.5 if width <= at_width else 1.5)
     began = time.process_time()
     history = train_by_cosine(model, data, tokenizer, valid_documents, learning_rate)
-    # Validations among them: they are part of choosing the best weights.
+    # This includes validation, which is part of choosing the best weights.
     cpu_seconds = time.process_time() - began
     figures = aigc_tf.evaluate(model, tokenizer, valid_documents)
     result = {
@@ -97,7 +97,7 @@ def run_network(name, width, seed, train_documents, valid_documents, tokenizer) 
 
 
 def train_by_cosine(model, data, tokenizer, valid_documents, learning_rate) -> dict:
-    """Train as the results were made: `aigc_tf.train` but for the learning rate."""
+    """Train as the stored results were obtained: `aigc_tf.train` except for the learning rate."""
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, STEPS - STEPS // 20, alpha=0.1, warmup_target=learning_rate, warmup_steps=STEPS // 20
     )

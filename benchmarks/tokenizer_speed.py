@@ -2,9 +2,9 @@
 
     python benchmarks/tokenizer_speed.py
 
-The text is the quatrains that ship with the package, as the documents they are and as one long text; each
-figure is the median of five passes, in million characters a second of one process. Words are cut by jieba, or by
-rjieba where it is installed (extra `fast`); both are timed here.
+The text is the quatrains that ship with the package, as separate documents and as one long text. Each figure is the
+median of five passes, in million characters a second of one process. The package cuts words with jieba, or with rjieba
+if it is installed (extra `fast`); both are timed here.
 """
 
 import functools
@@ -18,7 +18,7 @@ from aigc_tf.runtime.files import shipped_file
 
 
 def speed(function, num_chars: int, passes: int = 5) -> float:
-    """Return million characters a second, the median of several passes after one to warm up."""
+    """Return million characters a second, the median of several passes after a warm-up."""
     function()
     seconds = []
     for _ in range(passes):

@@ -1,4 +1,4 @@
-"""Language models in plain PyTorch, written well: what ours are measured against."""
+"""Language models in plain PyTorch, written with care, as baselines for ours."""
 
 import contextlib
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """GPT-2's architecture, head tied, started as GPT-2."""
+    """GPT-2's architecture and initialisation, with a tied head."""
 
     def __init__(self, vocab_size: int, context: int, num_layers: int, dim: int, dropout: float = 0.0):
         super().__init__()
@@ -64,7 +64,7 @@ class Lstm(nn.Module):
         self.lstm = nn.LSTM(embedding_dim, hidden_dim, num_layers, batch_first=True, dropout=dropout)
         nn.init.normal_(self.tokens.weight, std=0.1)
 
-    @torch.compiler.disable  # it would call `nn.LSTM` as it is anyway, in pieces
+    @torch.compiler.disable  # it would call `nn.LSTM` uncompiled anyway, in pieces
     def states(self, ids):
         return self.lstm(self.drop(self.tokens(ids)))[0]
 
@@ -77,10 +77,10 @@ class Lstm(nn.Module):
 
 
 def trainer(model, threads: int, *, precision: str, learning_rate: float, weight_decay: float, clip_norm: float):
-    """Return a function that takes a step of AdamW from ids (B, T), targets and a share of the learning rate.
+    """Return a function that takes a step of AdamW, given ids (B, T), targets and a share of the learning rate.
 
-    Given candidates (C,) too, and the logarithm of the probability that each of them is one, the softmax runs over
-    them, and targets are places among them. Clipping and AdamW are the fastest that PyTorch has: compiled by
+    Given candidates (C,) too, and the logarithm of the probability of each to be drawn, the softmax runs over them,
+    and targets are positions among them. Clipping and AdamW are the fastest that PyTorch has: compiled by
     `torch.compile` they take longer.
     """
     torch.set_num_threads(threads)

@@ -1,12 +1,12 @@
-"""Time training side by side: our models, plain PyTorch written well, and keras-hub.
+"""Time training side by side: our models, plain PyTorch written with care, and keras-hub.
 
     pip install -e '.[fast]' torch keras-hub jax
     python benchmarks/train_speed.py                                     # all that are installed
     python benchmarks/train_speed.py --sizes S --systems transformer torch-transformer --precision float32 --threads 1
     python benchmarks/train_speed.py --dropout 0.1                       # as `aigc-tf train` does unless told otherwise
-    python benchmarks/train_speed.py --allocators glibc kept             # what it matters where memory comes from
+    python benchmarks/train_speed.py --allocators glibc kept             # the effect of the allocator
 
-As a processor without AVX-512 would do it, on one that has it; what PyTorch has compiled for another must not be found:
+To measure as on a processor without AVX-512, on one that has it, with a cache of PyTorch's compiler of its own:
 
     export XLA_FLAGS=--xla_cpu_max_isa=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
     export ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR=/tmp/inductor-avx2
@@ -15,15 +15,15 @@ As a processor without AVX-512 would do it, on one that has it; what PyTorch has
 
 A step is forward, backward, clipping by the global norm and AdamW, on random ids of a vocabulary of 8,192. S is 4
 layers, 256 wide, context 128, batch 32; M is 6 layers, 384 wide, context 256, batch 16. The Transformers have the shape
-of GPT-2 (learned positions, biases, GELU by tanh, the token embedding as head); the LSTMs 2 layers, 512 wide at S and
-3, 768 wide at M, on an embedding half as wide that is also the head. `--dropout` is that of embeddings, attention and
-branches of a Transformer, and before and after the layers of an LSTM; without it there is none.
+of GPT-2 (learned positions, biases, GELU by tanh, tied head). The LSTMs have 2 layers, 512 wide, at S and 3 layers, 768
+wide, at M, on an embedding half as wide that is also the head. `--dropout` applies to the embeddings, attention and
+branches of a Transformer, and before and after the layers of an LSTM; by default there is none.
 
-All train in `--precision`, which is bfloat16 unless told otherwise: ours as `aigc_tf.train` does, over all tokens;
-PyTorch by autocast, with forward, loss and backward compiled by `torch.compile` (but for the loop of `nn.LSTM`, which
-it calls as it is), clipping by the functions for lists of tensors and AdamW fused; keras-hub on TensorFlow by its
-policy, and on JAX in float32 always, as XLA multiplies bfloat16 on a CPU more slowly. The allocator is the same for all
-(see `turns.py`). The first step holds what is compiled. Speeds are of the median step.
+All train in `--precision`, by default bfloat16: ours as `aigc_tf.train` does, with a softmax over all tokens; PyTorch
+with autocast, `torch.compile` for forward, loss and backward (except the loop of `nn.LSTM`, which it calls as it is),
+`foreach` clipping and fused AdamW; keras-hub on TensorFlow by its dtype policy, and on JAX always in float32, as XLA
+multiplies bfloat16 more slowly on a CPU. The allocator is the same for all (see `turns.py`). The first step includes
+compilation. Speeds are those of the median step.
 """
 
 import argparse
@@ -53,12 +53,12 @@ SIZES = {
     },
 }
 HEAD_DIM = 64
-KEPT_OPEN = contextlib.ExitStack()  # as long as the process lives
-LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 1.0  # low, as PyTorch trains without a warm-up here
+KEPT_OPEN = contextlib.ExitStack()  # until the process ends
+LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.1, 1.0  # low, as PyTorch trains without a warmup here
 
 
 def main() -> None:
-    """Print the tables, or as a child process make a system and let it train."""
+    """Print the tables, or, as a child process, make a system and let it train."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     turns.add_options(parser)
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of each system in a round")
@@ -147,7 +147,7 @@ def make(system: str, size: dict, options):
 
 
 def batches(size: dict):
-    """Give inputs and targets, ids `int32 (batch, context)` of which the rare ones are many, for ever."""
+    """Give inputs and targets, ids `int32 (batch, context)` many of them rare, without end."""
     generator = np.random.default_rng(0)
     while True:
         ids = (VOCAB_SIZE * generator.random((size["batch"], size["context"] + 1)) ** 4).astype(np.int32)

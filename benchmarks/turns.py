@@ -1,7 +1,7 @@
-"""What the comparisons of speed share: every system in a process of its own, turns in rounds, one allocator for all.
+"""Shared by the comparisons of speed: a process for each system, turns in rounds, one allocator for all.
 
-A child waits for orders and does nothing meanwhile; in each round all take their turns, so that slow changes of the
-machine hit all alike. Ratios are medians over the rounds of what two systems took in the same round.
+A child is idle while it waits for orders. In each round all take their turns, so that slow changes of the machine
+affect all alike. Ratios are medians, over the rounds, of what two systems took in the same round.
 """
 
 import argparse
@@ -21,13 +21,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# How large arrays get their memory. Unless told otherwise glibc gives them back to the system, and takes them from it
-# anew, page by page: PyTorch's tuning guide advises another allocator. "kept" is glibc that keeps them.
+# How large arrays get their memory. By default glibc returns it to the system and requests it again, page by page, so
+# PyTorch's tuning guide recommends another allocator. "kept" is glibc set to keep it.
 _KEPT = {"MALLOC_MMAP_THRESHOLD_": 2**33, "MALLOC_TRIM_THRESHOLD_": 2**35, "MALLOC_TOP_PAD_": 2**28}
 ALLOCATORS = {
     "glibc": {},
     "kept": {name: str(value) for name, value in _KEPT.items()},
-    # And one heap for all threads: the heaps of others are too small for large arrays, whatever the threshold.
+    # And one heap for all threads: those of other threads are too small for large arrays, whatever the threshold.
     "kept-1": {**{name: str(value) for name, value in _KEPT.items()}, "MALLOC_ARENA_MAX": "1"},
     "tcmalloc": {"LD_PRELOAD": ["tcmalloc_minimal", "tcmalloc"]},
     "jemalloc": {"LD_PRELOAD": ["jemalloc"]},
@@ -39,17 +39,17 @@ THREADS = "OMP_NUM_THREADS OPENBLAS_NUM_THREADS NUMBA_NUM_THREADS TF_NUM_INTRAOP
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that all comparisons have."""
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each system")
-    parser.add_argument("--passes", type=int, default=5, metavar="N", help="rounds after the one to warm up")
+    parser.add_argument("--passes", type=int, default=5, metavar="N", help="rounds after the warm-up")
     parser.add_argument(
         "--allocators", nargs="+", choices=ALLOCATORS, default=["kept"],
-        help="where all systems get their memory, alike; with several, each system runs with each (default: kept)",
+        help="the allocator of all systems; with several, each system runs with each (default: kept)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the machine and every measured time here")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
 
 
 def installed(systems: dict[str, tuple], chosen: list[str]) -> list[str]:
-    """Return those of the systems whose packages, the second of each, are there; say which are not."""
+    """Return the systems whose packages, the second item of each, are installed; report the others."""
     there = []
     for system in chosen:
         missing = [package for package in systems[system][1] if version(package) is None]
@@ -66,7 +66,7 @@ def version(package: str) -> str | None:
 
 
 def machine(packages) -> dict:
-    """Describe where figures come from: processor, what it computes in, system, date, versions."""
+    """Describe the machine: processor, its instruction sets, system, date, versions."""
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = set(facts.get("flags", "").split())
@@ -190,7 +190,7 @@ def as_ratio(figures: tuple[float, float, float]) -> str:
 def serve(make: Callable[[], tuple[object, Callable[[int], object]]]) -> None:
     """Make a system: what it says when it is ready, and what it does by an order. Then do as stdin orders."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print is not an answer
     hello, do = make()
     print(json.dumps(hello), file=answers, flush=True)
     for line in sys.stdin:
