@@ -110,6 +110,7 @@ def train(
     return {
         "step_seconds": batch_size * context * sum(1 / speed for speed in steady) / len(steady),
         "peak_memory_bytes": peak_bytes(),
+        **device_peak_bytes(),
     }
 
 
@@ -117,6 +118,14 @@ def peak_bytes() -> float:
     """Read the peak memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def device_peak_bytes() -> dict[str, float]:
+    """Read the most memory of a GPU or TPU that arrays ever held, where JAX tells it."""
+    if "jax" not in sys.modules:
+        return {}
+    statistics = sys.modules["jax"].local_devices()[0].memory_stats() or {}
+    return {"device_peak_bytes": statistics["peak_bytes_in_use"]} if "peak_bytes_in_use" in statistics else {}
 
 
 if __name__ == "__main__":
