@@ -176,7 +176,8 @@ def train_ours(architecture, size, context, batch_size, steps_in_block):
             if not 0 < float(logs["loss"]) < 20:  # waits for the device
                 raise RuntimeError(f"The loss is {logs['loss']}.")
             self.ends.append(time.perf_counter())
-            self.model.stop_training = len(self.ends) > 1 and self.ends[-1] - self.ends[0] > self.seconds
+            if len(self.ends) > 1 and self.ends[-1] - self.ends[0] > self.seconds:
+                self.model.stop_training = True  # asked for earlier, Keras would copy the state
 
     tokenizer = aigc_tf.Tokenizer([chr(0x4E00 + i) for i in range(VOCAB_SIZE - 259)])
     characters = np.array(tokenizer.pieces)

@@ -13,12 +13,12 @@ from ..runtime.backend import keras, tf
 from ..runtime.distribution import known_precision, predict
 from ..runtime.hardware import available_bytes, gpu_watts, process_bytes, processor_joules
 from ..training.fast.fast_training import fast_training
-from ..training.train import check_candidates, compile_model, phases, usual_candidates
+from ..training.train import check_candidates, compile_model, phases, steps_at_once, usual_candidates
 
 # What `initialise` and `baselines` take for each token that they count, measured with 21 MB of text, and of how many
 # tokens they do.
 _COUNTING_BYTES, _COUNTED_TOKENS = 118, 10_000_000
-_WARMUP_STEPS = 3  # the first compiles, the next two still warm up
+_WARMUP_BLOCKS = 3  # of steps: the first compiles, the next two still warm up
 # What TensorFlow takes beside the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:
 # once, and for each layer.
 _GRAPH_BYTES = {"transformer": (80e6, 50e6), "lstm": (200e6, 23e6)}
@@ -245,11 +245,12 @@ def _measure(
     data = tf.data.Dataset.from_tensors((ids[:, :-1], ids[:, 1:])).repeat()
     compile_model(model, steps=1_000_000)
     parts = phases(model, 1000, num_candidates, np.ones(vocab_size))
-    step_seconds, watts, end_before = 0.0, None, 0
+    step_seconds, watts, end_before, steps_in_block = 0.0, None, 0, steps_at_once()
     for phase in parts:
-        timer = _Timer(seconds / len(parts))
+        timer = _Timer(seconds / len(parts), steps_in_block)
         with fast_training(phase.model, steps * batch_size * context) as (trained, _):
             batches = phase.prepare(data, 0)
+            trained.steps_per_execution = steps_in_block
             trained.fit(batches, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
         step_seconds += statistics.median(timer.step_seconds) * (phase.end - end_before) / 1000
         watts = timer.watts if timer.watts is not None else watts
@@ -273,20 +274,23 @@ def _seconds_per_token(model, vocab_size: int, context: int, seconds: float) -> 
 class _Timer(keras.callbacks.Callback):
     """Time steps after the first few, and stop when the time is over."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float, steps_in_block: int):
         super().__init__()
-        self.seconds, self.step_seconds, self.num_steps, self.watts = seconds, [], 0, None
+        self.seconds, self.steps_in_block = seconds, steps_in_block
+        self.step_seconds, self.num_blocks, self.watts = [], 0, None
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_end(self, batch, logs=None):
+        float(logs["loss"])  # waits for the device: JAX returns before it has computed anything
         now = time.perf_counter()
-        if self.num_steps == _WARMUP_STEPS:
+        self.num_blocks += 1
+        if self.num_blocks == _WARMUP_BLOCKS:
             self.began, self.joules = now, processor_joules()
-        elif self.num_steps > _WARMUP_STEPS:
-            self.step_seconds.append(now - self.last)
+        elif self.num_blocks > _WARMUP_BLOCKS:
+            self.step_seconds.append((now - self.last) / self.steps_in_block)
             if now - self.began >= self.seconds:
                 self._read_power(now - self.began)
                 self.model.stop_training = True
-        self.num_steps, self.last = self.num_steps + 1, now
+        self.last = now
 
     def _read_power(self, seconds: float) -> None:
         joules = processor_joules()

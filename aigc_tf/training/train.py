@@ -195,7 +195,7 @@ def _run_phase(
 ) -> None:
     num_steps = phase.end - course.step
     course.phase_end = phase.end
-    at_once = _steps_at_once(course.steps_per_validation, checkpoint_steps)
+    at_once = steps_at_once(course.steps_per_validation, checkpoint_steps)
     with signals_stop(course), fast_training(phase.model, num_steps * course.tokens_per_step) as (trained, methods):
         course.tell([*methods, *phase.methods])
         for steps, block in _blocks(num_steps, at_once):
@@ -270,7 +270,7 @@ def _check_batch(batch_size: int, num_microbatches: int) -> None:
         )
 
 
-def _steps_at_once(*intervals: int | None) -> int:
+def steps_at_once(*intervals: int | None) -> int:
     """Choose how many steps an accelerator takes without a look from Python: 16, or what may not be passed over."""
     if not uses_accelerator() or (keras.backend.backend() == "tensorflow" and num_replicas() > 1):  # Keras cannot
         return 1

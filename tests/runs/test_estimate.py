@@ -1,5 +1,7 @@
 import os
 import random
+import time
+import types
 
 import pytest
 from conftest import message_of
@@ -80,6 +82,22 @@ def test_hours_count_validations_and_memory_what_is_counted():
     assert figures["hours"] == pytest.approx(seconds / 3600 + figures["validation_hours"])
     peaks = [estimate(**RUN, train_tokens=n, seconds=0)["peak_memory_bytes"] for n in (0, 10**7, 10**9)]
     assert peaks[0] < peaks[1] == pytest.approx(peaks[2], rel=0.1)
+
+
+def test_a_step_is_timed_until_the_device_has_done_it():
+    class Loss:
+        """A loss that the device is still computing, as JAX gives it."""
+
+        def __float__(self):
+            time.sleep(0.01)
+            return 1.0
+
+    timer = estimate_module._Timer(seconds=0.05, steps_in_block=2)
+    timer.set_model(types.SimpleNamespace(stop_training=False))
+    while not timer.model.stop_training:
+        timer.on_train_batch_begin(0)
+        timer.on_train_batch_end(0, {"loss": Loss()})
+    assert min(timer.step_seconds) >= 0.005
 
 
 def test_a_measurement_changes_nothing_for_what_comes_after():
