@@ -1,4 +1,4 @@
-"""The command line: `aigc-tf demo | train | estimate | tune | evaluate | generate | info`.
+"""Command line: `aigc-tf demo | train | estimate | tune | evaluate | generate | info`.
 
-In: words typed in a shell. Out: what the public functions give, as text; errors as one line.
+In: the words of a shell command. Out: the results of the public functions as text; errors in one line.
 """

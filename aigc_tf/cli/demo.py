@@ -1,4 +1,4 @@
-"""The demo: both models on the Tang quatrains that ship with the package, measured and writing."""
+"""Demo: both models trained on the Tang quatrains that ship with the package, evaluated, and their poems."""
 
 import math
 import re
@@ -20,8 +20,8 @@ from ..runtime.files import LOCK, locked, shipped_file
 from ..training.checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
 from ..training.train import train
 
-# A 7-character quatrain is 35 tokens with its begin and end. Small models and many small steps learn most in
-# a few minutes of two cores.
+# A 7-character quatrain has 35 tokens, with its begin and end. In a few minutes on two cores, small models learn most,
+# in many small steps.
 CONTEXT, BATCH_SIZE = 36, 16
 MODELS = {
     "transformer": {"build": transformer, "steps": 1100, "learning_rate": 4e-3},
@@ -31,7 +31,7 @@ _NUM_SAMPLES, _NUM_SHOWN = 100, 4
 
 
 def is_quatrain(text: str) -> bool:
-    """Tell whether a text has the form of the corpus: two lines, four clauses of 5 or of 7 characters."""
+    """Check whether a text has the form of the corpus: two lines, four clauses of 5 or of 7 characters."""
     return _QUATRAIN.fullmatch(text) is not None
 
 
@@ -49,18 +49,18 @@ def run_demo(
     """Train both models on the shipped poems, compare them on held-out poems, and let them write.
 
     Args:
-        folder: where the run folders `transformer` and `lstm` go, or those of a demo to go on with are.
-        steps_fraction: the share of the usual training steps to do.
-        seed: the seed of everything.
-        show: what to do with each line of text for the reader.
+        folder: the folder of the run folders `transformer` and `lstm`: a new one, or that of a demo to resume.
+        steps_fraction: the fraction of the usual training steps.
+        seed: the seed of all random numbers.
+        show: called with each piece of text for the reader.
 
     Returns:
         The figures of each model, and under "baselines" those of the baselines.
 
     Raises:
         ValueError: `steps_fraction` or `seed` is out of range, or the folder holds another demo.
-        BlockingIOError: a demo is going on in the folder.
-        KeyboardInterrupt: Ctrl-C. The same call goes on.
+        BlockingIOError: another demo is running in the folder.
+        KeyboardInterrupt: Ctrl-C. The same call resumes the demo.
     """
     if not 0 < steps_fraction < math.inf:
         raise ValueError(f"steps_fraction must be finite and above 0, got {steps_fraction}.")
@@ -80,9 +80,9 @@ def run_demo(
             run_folder = Path(folder, name)
             steps = max(1, round(plan["steps"] * steps_fraction))
             settings = {"steps": steps, "learning_rate": plan["learning_rate"], "batch_size": BATCH_SIZE, "seed": seed}
-            if _is_done(run_folder):
+            if _is_complete(run_folder):
                 _require_same(run_folder, {"settings": settings, "data": data})
-                show(f"\n{name}: done before, kept in {run_folder}")
+                show(f"\n{name}: trained before, saved in {run_folder}")
                 model, _ = load(run_folder)
             else:
                 model = initialise(
@@ -100,12 +100,12 @@ def run_demo(
                     run_dir=run_folder,
                 )
                 if history["step"][-1] < steps:
-                    show(f"stopped after {history['step'][-1]:.0f} of {steps} steps; the same again goes on there")
+                    show(f"stopped after {history['step'][-1]:.0f} of {steps} steps; the same command resumes the demo")
                     raise KeyboardInterrupt
             samples[name] = generate_batch(model, tokenizer, [""] * _NUM_SAMPLES, max_new_tokens=CONTEXT, seed=seed)
             figures[name] = evaluate(model, tokenizer, valid_poems)
             figures[name]["well_formed"] = sum(map(is_quatrain, samples[name])) / _NUM_SAMPLES
-            if not _is_done(run_folder):
+            if not _is_complete(run_folder):
                 save(run_folder, model, tokenizer, settings=settings, data=data, figures=figures[name])
                 delete_checkpoints(run_folder)
             keras.backend.clear_session()
@@ -115,19 +115,19 @@ def run_demo(
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Tell whether a folder holds a demo to go on with, and nothing else."""
+    """Check whether a folder holds a demo to resume, and nothing else."""
     names = {path.name for path in folder.iterdir()}
-    return names <= {LOCK, *MODELS} and not all(_is_done(folder / name) for name in MODELS)
+    return names <= {LOCK, *MODELS} and not all(_is_complete(folder / name) for name in MODELS)
 
 
-def _is_done(run_folder: Path) -> bool:
+def _is_complete(run_folder: Path) -> bool:
     return (run_folder / "run.json").exists() and not list_checkpoints(run_folder / CHECKPOINTS)
 
 
 def _require_same(run_folder: Path, now: dict) -> None:
     before = read_run(run_folder)
     if any(before.get(name) != value for name, value in now.items()):
-        raise ValueError(f"{run_folder} is of a demo with other steps, seed or poems. Name another folder.")
+        raise ValueError(f"{run_folder} belongs to a demo with other steps, seed or poems. Name another folder.")
 
 
 def _show_results(figures, samples, folder, show) -> None:
@@ -142,4 +142,4 @@ def _show_results(figures, samples, folder, show) -> None:
     for name in MODELS:
         show(f"\nFour poems by the {name}, as they came:\n")
         show("\n\n".join(samples[name][:_NUM_SHOWN]))
-    show(f"\nBoth are kept in {folder}. Write on with one of them:\n  aigc-tf generate {folder}/transformer 春风")
+    show(f"\nBoth are saved in {folder}. Generate more with one of them:\n  aigc-tf generate {folder}/transformer 春风")

@@ -1,4 +1,4 @@
-"""Estimation: estimate(), what a model costs before it is trained: memory, hours, electricity."""
+"""Estimate: estimate(), what a training costs: memory, hours, electricity; memory_warning(), whether it fits."""
 
 import math
 import statistics
@@ -15,12 +15,12 @@ from ..runtime.hardware import available_bytes, gpu_watts, process_bytes, proces
 from ..training.fast.fast_training import fast_training
 from ..training.train import check_candidates, compile_model, phases, steps_at_once, usual_candidates
 
-# What `initialise` and `baselines` take for each token that they count, measured with 21 MB of text, and of how many
-# tokens they do.
+# The memory that `initialise` and `baselines` take per token counted, measured with 21 MB of text, and how many tokens
+# they count at most.
 _COUNTING_BYTES, _COUNTED_TOKENS = 118, 10_000_000
 _WARMUP_BLOCKS = 3  # of steps: the first compiles, the next two still warm up
-# What TensorFlow takes beside the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:
-# once, and for each layer.
+# What TensorFlow takes in addition to the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:
+# once, and per layer.
 _GRAPH_BYTES = {"transformer": (80e6, 50e6), "lstm": (200e6, 23e6)}
 
 
@@ -46,43 +46,43 @@ def estimate(
 ) -> dict[str, float]:
     """Estimate what a training costs: parameters, FLOPs, memory, and after a short measurement time and energy.
 
-    All but time and energy are formulas; no model is built for them, so they also tell of a model that no
-    machine here could hold. For time, real training steps of this very model run on this device for about
-    `seconds`, unless it does not fit. Memory is that of the whole process, Python and TensorFlow among it. Its
-    formulas were fitted to models of 1 to 4 layers on TensorFlow and a CPU, where they are within 10 % of a real
-    run (`benchmarks/estimate_accuracy.py`); on a GPU, and with JAX, they are rough.
+    All figures but time and energy are formulas; they build no model, and so also hold for one that does not fit into
+    this machine. For time, real training steps of the model run on this device for about `seconds`, if it fits. Memory
+    is that of the whole process, including Python and TensorFlow. Its formulas were fitted to models of 1 to 4 layers
+    on TensorFlow and a CPU, where they are within 15 % of a real run (`benchmarks/estimate_accuracy.py`); on a
+    GPU, and with JAX, they are rough.
 
     Args:
         model: "transformer" or "lstm".
         size: "tiny", "small" or "base"; `num_layers`, `num_heads` and `hidden_dim` replace its dimensions.
         vocab_size: V, the number of token ids.
-        context: T, the tokens in a window.
-        batch_size: B, the windows in a step.
+        context: T, the number of tokens in a window.
+        batch_size: B, the number of windows per step.
         steps: the number of training steps.
         num_layers: see `transformer` and `lstm`.
         num_heads: see `transformer`.
         hidden_dim: see `transformer` and `lstm`.
-        dropout: see `transformer` and `lstm`; for the measurement, the formulas take it as given.
+        dropout: see `transformer` and `lstm`; for the measurement, as the formulas assume some.
         precision: "float32", "mixed_bfloat16", "mixed_float16", or "auto", see `run_pipeline`.
-        num_candidates: see `train`; for the measurement, the formulas tell of steps over all tokens.
-        train_tokens: the tokens to learn from, which are counted before and after the training.
-        valid_tokens: the tokens of the held-out documents. A training validates on at most some 200,000 of them, and
-            a run is measured on at most 1,000,000 in the end.
-        validations: how often, see `train`.
+        num_candidates: see `train`; for the measurement, as the formulas assume steps over all tokens.
+        train_tokens: the number of tokens to learn from, which are counted before and after the training.
+        valid_tokens: the number of tokens of the held-out documents. A training validates on about 200,000 of them at
+            most, and evaluates on 1,000,000 at its end.
+        validations: see `train`.
         seconds: how long to measure; 0 measures nothing.
         watts: the power that the machine draws while it trains; by default it is read where the system
-            tells (RAPL counters of the processor, `nvidia-smi` of a GPU).
+            reports it (RAPL counters of the processor, `nvidia-smi` for a GPU).
 
     Returns:
         `dict[str, float]`: "parameters"; "forward_flops_per_token", "train_flops_per_token" (three times as
         many) and "train_flops" of all steps; in bytes "weights_bytes", "gradients_bytes", "optimizer_bytes"
         (AdamW's two moments), "activations_bytes" (kept for the backward pass, logits among them),
         "overhead_bytes" (temporaries, graph, allocator), "runtime_bytes" (this process as it is now; 0 if the system
-        does not tell), their sum, or what the counting of `train_tokens` takes if that is more, "peak_memory_bytes",
+        does not report it), "peak_memory_bytes" (their sum, or what counting `train_tokens` takes if that is more),
         "generation_bytes_per_text" (KV cache or LSTM state), and "available_memory_bytes" (missing where the system
-        does not tell, as on macOS). If measured: "num_candidates", "step_seconds" (the median; of steps among
-        candidates and others the mean), "tokens_per_second", "validation_hours", "hours" (steps and validations); and
-        if power is known: "watts", "kilowatt_hours".
+        does not report it, as on macOS). If measured: "num_candidates", "step_seconds" (the median; with sampled
+        softmax the weighted mean of both kinds of steps), "tokens_per_second", "validation_hours", "hours" (steps and
+        validations); and if the power is known: "watts", "kilowatt_hours".
 
     Raises:
         ValueError: a setting is out of range.
@@ -96,8 +96,8 @@ def estimate(
 
     Source:
         Operations are counted as in J. Kaplan et al., "Scaling laws for neural language models" (2020): two for
-        each weight of a matrix product, and the backward pass twice the forward one; to that come the products
-        of attention and of the head.
+        each weight of a matrix product, and the backward pass twice the forward one; the products of attention
+        and of the head are added.
     """
     replaced = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
     chosen = dimensions(model, size, **replaced)
@@ -151,7 +151,7 @@ def estimate(
 
 
 def memory_warning(model: str = "transformer", size: str = "tiny", *, batch_size: int, context: int, **settings) -> str:
-    """Say whether a training does not fit into the memory of this device, and what would make it fit.
+    """Return a warning if a training does not fit into the memory of this device, with a change that would make it fit.
 
     Args:
         model: see `estimate`.
@@ -161,7 +161,7 @@ def memory_warning(model: str = "transformer", size: str = "tiny", *, batch_size
         **settings: the other settings of `estimate`.
 
     Returns:
-        `str`, one sentence; empty if it fits.
+        `str`, two sentences; empty if it fits.
 
     Raises:
         ValueError: a setting is out of range.
@@ -175,7 +175,7 @@ def memory_warning(model: str = "transformer", size: str = "tiny", *, batch_size
     if _fits(figures):
         return ""
     needed, available = figures["peak_memory_bytes"], figures["available_memory_bytes"] + figures["runtime_bytes"]
-    problem = f"This training needs about {needed / 1e9:.1f} GB of memory, and {available / 1e9:.1f} GB are free"
+    problem = f"This training needs about {needed / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB are free"
     smaller_batches = [batch_size >> k for k in range(1, batch_size.bit_length())]
     changes = [({"batch_size": b}, f"batch_size {b}") for b in smaller_batches]
     changes += [
@@ -193,11 +193,11 @@ def memory_warning(model: str = "transformer", size: str = "tiny", *, batch_size
         given = {"model": model, "size": size, "batch_size": batch_size, "context": context, **settings, **change}
         if _fits(estimate(**given)):
             return f"{problem}. It would fit with {words}."
-    return f"{problem}. No smaller batch, context or size of this vocabulary fits: use a machine with more memory."
+    return f"{problem}. No smaller batch, context or size fits with this vocabulary: use a machine with more memory."
 
 
-# Of the next two, activations and temporaries are those that TensorFlow was seen to hold at the peak of a training step
-# on a CPU, by the sizes of what it had allocated: so many arrays of each shape.
+# In the next two functions, the activations and temporaries are those that TensorFlow held at the peak of a training
+# step on a CPU, as the sizes of its allocations showed: so many arrays of each shape.
 
 
 def _count_transformer(vocab, context, batch, bytes_per_float, num_layers, num_heads, hidden_dim):
@@ -207,7 +207,7 @@ def _count_transformer(vocab, context, batch, bytes_per_float, num_layers, num_h
     # Expanded, GELU and its parts; norms, projections, residuals and dropout masks; scores before and after softmax.
     wide, narrow, scores = 5 * m * f, d * (42 if f == 4 else 35), num_heads * t * (2 * f + 1)
     activations = batch * t * (num_layers * (wide + narrow + scores) + 16 * d + v * _logit_bytes(f))
-    # Of each matrix copies while its gradient is clipped and applied, and what the allocator keeps for the next step.
+    # Copies of each matrix while its gradient is clipped and applied, and what the allocator keeps for the next step.
     temporaries = 8 * parameters + 0.2 * activations
     return parameters, flops, activations, temporaries, 2 * num_layers * t * d * f
 
@@ -221,14 +221,14 @@ def _count_lstm(vocab, context, batch, bytes_per_float, num_layers, hidden_dim, 
     logits = batch * t * v * _logit_bytes(f)
     # Gates, hidden states and float32 cell states of each step, and the inputs before and after dropout.
     activations = batch * t * sum(5 * d * f + 4 * d + 2.25 * w * f for w in widths_in) + logits
-    # The gradients of a layer's gates, step by step and as a whole; the logits are gone by then. Of each matrix copies
-    # while its gradient is clipped and applied.
+    # The gradients of a layer's gates, step by step and as a whole, when the logits are freed already; and copies of
+    # each matrix while its gradient is clipped and applied.
     temporaries = max(0, batch * t * 8 * d * f - logits) + 4 * parameters
     return parameters, flops, activations, temporaries, 2 * num_layers * d * f
 
 
 def _logit_bytes(bytes_per_float: int) -> int:
-    """Of each logit: in float32 one array, in mixed precision that and what it was cast from and to."""
+    """Return the bytes per logit: one array in float32, in mixed precision also what it was cast from and to."""
     return 4 if bytes_per_float == 4 else 10
 
 
@@ -240,7 +240,7 @@ def _fits(figures: dict[str, float]) -> bool:
 def _measure(
     model, vocab_size: int, context: int, batch_size: int, steps: int, num_candidates: int, seconds: float
 ) -> tuple[float, float | None]:
-    """Run training steps on random ids: their time, and the power read meanwhile."""
+    """Run training steps on random ids, and return the seconds per step and the power read meanwhile."""
     ids = np.random.default_rng(0).integers(0, vocab_size, (batch_size, context + 1), dtype=np.int32)
     data = tf.data.Dataset.from_tensors((ids[:, :-1], ids[:, 1:])).repeat()
     compile_model(model, steps=1_000_000)
@@ -259,7 +259,7 @@ def _measure(
 
 
 def _seconds_per_token(model, vocab_size: int, context: int, seconds: float) -> float:
-    """Evaluate random ids as a validation does, whose windows are full."""
+    """Evaluate random ids as a validation does, in full windows, and return the seconds per token."""
     scoring = make_scorer(model)
     text = np.random.default_rng(0).integers(0, vocab_size, 64 * context, dtype=np.int32).reshape(64, context)
     rows = text[: batch_rows(context, vocab_size)]
@@ -272,7 +272,7 @@ def _seconds_per_token(model, vocab_size: int, context: int, seconds: float) -> 
 
 
 class _Timer(keras.callbacks.Callback):
-    """Time steps after the first few, and stop when the time is over."""
+    """Time the steps after the first few, and stop the training when the time is over."""
 
     def __init__(self, seconds: float, steps_in_block: int):
         super().__init__()

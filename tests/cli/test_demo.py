@@ -73,10 +73,10 @@ def test_a_demo_that_is_stopped_resumes_in_the_same_folder(tmp_path, monkeypatch
     assert (tmp_path / "runs/demo/transformer/run.json").exists()
     assert not (tmp_path / "runs/demo/lstm/run.json").exists()
     assert main(["demo", "--seed", "1"]) == 2
-    assert "is of a demo with other steps" in capsys.readouterr().err
+    assert "belongs to a demo with other steps" in capsys.readouterr().err
     assert main(["demo"]) == 0
     out = capsys.readouterr().out
-    assert "transformer: done before" in out
+    assert "transformer: trained before" in out
     assert "goes on after step 2" in out
     assert os.listdir("runs") == ["demo"]
     assert len(steps) == 8
