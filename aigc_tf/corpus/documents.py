@@ -1,4 +1,4 @@
-"""Documents: files and folders -> clean documents, and word of what was left out."""
+"""Documents: reading files and folders into clean documents, and reporting what was left out."""
 
 import codecs
 import hashlib
@@ -13,35 +13,35 @@ from ..runtime.files import not_utf8_error
 from .cleaning import clean
 
 _SUFFIXES = (".txt", ".jsonl")
-_RECORDS = {".csv": "a table", ".tsv": "a table", ".json": "JSON"}  # whose marks would be taken for text
-_BLOCK = 2**16  # of bytes or characters, read in one go: larger ones take memory and save no time
+_NOT_PLAIN = {".csv": "a table", ".tsv": "a table", ".json": "JSON"}  # whose syntax would be read as text
+_BLOCK = 2**16  # bytes or characters to read at a time: more takes memory and saves no time
 
 
 class LeftOutWarning(UserWarning):
-    """What `load_documents` and `iter_documents` left out: files, records, duplicates."""
+    """The files, records and duplicates that `load_documents` and `iter_documents` left out."""
 
 
 def load_documents(paths, field: str = "text") -> list[str]:
-    """Read files and folders into clean documents, exact duplicates dropped.
+    """Read files and folders into clean documents, without exact duplicates.
 
-    In a `.jsonl` file each line is a record and `field` names its text; in any other file blank lines separate the
-    documents. A folder gives its `.txt` and `.jsonl` files, sub-folders included, by name. What it has besides, and
-    what of it cannot be read, is left out, and so are hidden files; a file that was named must be readable.
+    In a `.jsonl` file each line is a record, and its `field` is a document. In any other file, blank lines separate the
+    documents. Of a folder the `.txt` and `.jsonl` files are read, sorted by name, sub-folders included. Other files,
+    hidden ones and those that cannot be read are left out; a file that you name yourself must be readable.
 
     Args:
         paths: a path, or a list of paths.
         field: the field of a `.jsonl` record that holds the text.
 
     Returns:
-        `list[str]` in the order of the files, none of them empty.
+        `list[str]` in the order of the files, none of them empty; see `clean` for what is normalised.
 
     Raises:
-        FileNotFoundError: a path does not exist, or a folder holds no text file.
-        ValueError: a file that was named is not UTF-8 or a table, a record of it is not JSON or lacks `field`, or
-            nothing is left.
+        FileNotFoundError: a path does not exist, or a folder contains no text file.
+        ValueError: a file that was named is not UTF-8, is a table, or has a record that is not JSON or lacks `field`;
+            or no text is left.
 
     Warns:
-        LeftOutWarning: one line that counts what of folders was left out, and the duplicates.
+        LeftOutWarning: one line with the number of files, records and duplicates that were left out.
 
     Example:
         >>> import pathlib, tempfile
@@ -54,10 +54,10 @@ def load_documents(paths, field: str = "text") -> list[str]:
 
 
 def iter_documents(paths, field: str = "text") -> Iterator[str]:
-    """Read files and folders into clean documents one after the other, for a corpus larger than the memory.
+    """Read files and folders into clean documents one at a time, for a corpus larger than the memory.
 
-    It gives what `load_documents` gives. In memory are one document and a number for each before it, by which
-    duplicates are known. Fill a store with it: `make_store(iter_documents("texts"), tokenizer, "store")`.
+    The documents are those of `load_documents`. Memory holds one document, and a hash of each document before it, by
+    which duplicates are recognised. Fill a store with them: `make_store(iter_documents("texts"), tokenizer, "store")`.
 
     Args:
         paths: a path, or a list of paths.
@@ -67,11 +67,11 @@ def iter_documents(paths, field: str = "text") -> Iterator[str]:
         An iterator over `str`, none of them empty.
 
     Raises:
-        FileNotFoundError: as `load_documents`.
-        ValueError: as `load_documents`.
+        FileNotFoundError: see `load_documents`.
+        ValueError: see `load_documents`.
 
     Warns:
-        LeftOutWarning: as `load_documents`, at the end.
+        LeftOutWarning: see `load_documents`; at the end.
 
     Example:
         >>> import pathlib, tempfile
@@ -87,7 +87,7 @@ def iter_documents(paths, field: str = "text") -> Iterator[str]:
 
 
 class _LeftOut:
-    """What was left out: how many of each kind, and of what could not be read, why the first."""
+    """What was left out: the number of each kind, and the reason for the first that could not be read."""
 
     def __init__(self):
         self.suffixes, self.counts, self.reasons = Counter(), Counter(), {}
@@ -98,26 +98,26 @@ class _LeftOut:
             self.reasons.setdefault(kind, f" (the first: {reason})")
 
     def __str__(self) -> str:
-        """Say it in one line, empty if nothing was left out."""
+        """Describe it in one line, which is empty if nothing was left out."""
         kinds = [f"{n:,} {suffix or 'without a suffix'}" for suffix, n in sorted(self.suffixes.items())]
         kinds += [f"{n:,} {kind}{'s' * (n > 1)}{self.reasons.get(kind, '')}" for kind, n in self.counts.items()]
         return ", ".join(kinds)
 
 
 def _text_files(path: Path, left_out: _LeftOut) -> list[tuple[Path, bool]]:
-    """List the files to read, and of each whether it was named itself."""
+    """List the files to read, and whether each was named itself."""
     if path.is_file():
-        if what := _RECORDS.get(path.suffix.lower()):
+        if what := _NOT_PLAIN.get(path.suffix.lower()):
             raise ValueError(
-                f"{path} is {what}, not plain text. Write a .jsonl file, each text a line of its own: "
-                '{"text": "..."}; or save the text alone as .txt.'
+                f"{path} is {what}, not plain text. Write a .jsonl file with one text in each line: "
+                '{"text": "..."}; or save only the text as .txt.'
             )
         return [(path, True)]
     if not path.is_dir():
         raise FileNotFoundError(f"There is no file or folder {path}. Check the name.")
     files, others = [], Counter()
     for file in sorted(path.rglob("*")):
-        # What systems put beside a user's files: .DS_Store, ._a.txt in an archive from a Mac.
+        # Files that systems add to a user's folder: .DS_Store, ._a.txt in an archive from a Mac.
         if any(name.startswith(".") or name == "__MACOSX" for name in file.relative_to(path).parts):
             continue
         if file.is_file():
@@ -128,7 +128,7 @@ def _text_files(path: Path, left_out: _LeftOut) -> list[tuple[Path, bool]]:
     if not files:
         found = ", ".join(f"{n:,} {suffix or 'without a suffix'}" for suffix, n in sorted(others.items()))
         raise FileNotFoundError(
-            f"The folder {path} holds no .txt or .jsonl file{f', but {found}' * bool(found)}. Name another, or a file."
+            f"The folder {path} contains no .txt or .jsonl file{f', but {found}' * bool(found)}. Name another one."
         )
     left_out.suffixes.update(others)
     return files
@@ -162,19 +162,19 @@ def _read_files(files: list[tuple[Path, bool]], field: str, left_out: _LeftOut) 
 
 
 def _different(documents: Iterator[str], left_out: _LeftOut, paths: str) -> Iterator[str]:
-    """Yield each document once, and at the end tell what was left out."""
+    """Yield each document once, and at the end warn about what was left out."""
     seen = set()
     for document in documents:
-        number = hash(document)  # of 64 bits: among ten million documents two are alike once in 400,000 corpora
-        if number in seen:
+        key = hash(document)  # 64 bits: two of ten million documents collide in one of 400,000 corpora
+        if key in seen:
             left_out.add("duplicate")
         elif document:
-            seen.add(number)
+            seen.add(key)
             yield document
     if not seen:
         raise ValueError(
             f"No text found in {paths or 'an empty list of paths'}: a corpus needs at least one document. "
-            f"Name files that hold UTF-8 text.{f' Left out: {left_out}' * bool(str(left_out))}"
+            f"Name files with UTF-8 text.{f' Left out: {left_out}' * bool(str(left_out))}"
         )
     if str(left_out):
         warnings.warn(f"left out: {left_out}", LeftOutWarning, stacklevel=3)
@@ -190,7 +190,7 @@ def _check_utf8(file: Path) -> None:
             try:
                 decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                # What is decoded begins with the bytes that the block before left incomplete.
+                # The decoder puts the incomplete character of the previous block in front.
                 place = offset + len(block) - len(error.object) + error.start
                 raise not_utf8_error(file, start, error.object[error.start], place) from None
             offset += len(block)
@@ -199,11 +199,11 @@ def _check_utf8(file: Path) -> None:
 
 
 def _parts(file: Path) -> Iterator[str]:
-    """Read a file in parts of about a block, each ending before a blank line, or else the file."""
-    parts = []  # of what comes after the last blank line
+    """Read a file in parts of about a block, each of which ends at a blank line or at the end of the file."""
+    parts = []  # what was read since the last blank line
     with open(file, encoding="utf-8", newline="") as opened:
         while block := opened.read(_BLOCK):
-            # A blank line may begin in one block and end in the next.
+            # A blank line may start in one block and end in the next.
             newest = (parts[-1][-2:] if parts else "") + block
             parts.append(block)
             blank = max(newest.rfind("\n\n"), newest.rfind("\n\r\n"))
@@ -218,30 +218,30 @@ def _parts(file: Path) -> Iterator[str]:
 def _field_of(line: str, field: str, place: str) -> str:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also a number of too many digits, brackets too deep
-        raise ValueError(f"{place} must be a JSON record, but: {error}. Mend or delete the line.") from None
+    except (ValueError, RecursionError) as error:  # such as a number of too many digits, or brackets nested too deep
+        raise ValueError(f"{place} must be a JSON record, but: {error}. Correct or delete the line.") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{place} must be a JSON object, got {type(record).__name__}. Mend or delete the line.")
+        raise ValueError(f"{place} must be a JSON object, got {type(record).__name__}. Correct or delete the line.")
     if not isinstance(record.get(field), str):
         fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.items())
         raise ValueError(
             f"{place} must have its text in the field {field!r}, but has: {fields}. "
-            "Name the right field (field=..., --field)."
+            "Name the right one (field=..., --field)."
         )
     return record[field]
 
 
 def check_documents(documents) -> None:
-    """Refuse one text, or one path, where several texts are meant: it would be taken letter by letter."""
+    """Refuse a single text or path instead of a list of texts: it would be read character by character."""
     if isinstance(documents, (str, bytes, os.PathLike)):
         raise ValueError(
-            f"documents must be a list of texts, got one {type(documents).__name__}. Write [text], divide it with "
+            f"documents must be a list of texts, got one {type(documents).__name__}. Pass [text], split it with "
             "text.split('\\n\\n'), or read files with load_documents(paths)."
         )
 
 
 def documents_sha256(documents: list[str]) -> str:
-    """Hash a corpus, document by document, in order."""
+    """Hash the documents of a corpus, in order."""
     digest = hashlib.sha256()
     for document in documents:
         digest.update(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest())

@@ -1,4 +1,4 @@
-"""Chunks: work on many documents, some at a time, in this process or in several."""
+"""Parallel: applying a function to chunks of documents, in this process or in several."""
 
 import contextlib
 import pickle
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 _CHUNK_CHARS = 500_000
-# A worker imports this module and what it is sent, not the script that was started: so a script needs no
-# `if __name__ == "__main__":`, and nothing of it runs twice. A fork would not do: TensorFlow's threads can hang in it.
+# A worker imports this module and what it is sent, but not the user's script: so the script needs no
+# `if __name__ == "__main__":`, and does not run twice. A fork is no alternative: TensorFlow's threads can hang in it.
 _WORKER = "import sys; sys.path[:] = {path!r}; from aigc_tf.corpus.parallel import _work; _work()"
 
 
@@ -34,8 +34,8 @@ def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
 def map_chunks(function, documents: Iterable[str], processes: int) -> Iterator:
     """Apply a function to chunks of documents, in order, in this process or in several.
 
-    Documents are read as they are needed: for several processes at most two chunks a process ahead. The chunks of a
-    worker process that cannot be started or dies, for want of memory perhaps, are worked on here, with a warning.
+    Documents are read as they are needed, with several processes at most two chunks per process ahead. If a worker
+    process cannot be started or dies, perhaps for lack of memory, its chunks are processed here, with a warning.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}.")
@@ -43,25 +43,25 @@ def map_chunks(function, documents: Iterable[str], processes: int) -> Iterator:
         yield from map(function, _chunks(documents))
         return
     workers, failures, is_over = [], [], threading.Event()
-    idle = queue.SimpleQueue()  # of what works on a chunk: workers, and the function in place of those that failed
+    idle = queue.SimpleQueue()  # idle workers, and the function itself in place of those that failed
 
     def apply(chunk):
-        work = idle.get()
+        worker = idle.get()
         try:
-            return work(chunk)
+            return worker(chunk)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            if work is function or is_over.is_set():
+            if worker is function or is_over.is_set():
                 raise
             failures.append(error)
-            work = function
-            return work(chunk)
+            worker = function
+            return worker(chunk)
         finally:
-            idle.put(work)
+            idle.put(worker)
 
     def result(future):
         chunk_result = future.result()
         while failures:
-            warnings.warn(f"A worker process failed ({failures.pop()!r}): its work is done in this one.", stacklevel=3)
+            warnings.warn(f"A worker process failed ({failures.pop()!r}): this process does its work.", stacklevel=3)
         return chunk_result
 
     with ThreadPoolExecutor(processes) as threads:
@@ -88,7 +88,7 @@ def map_chunks(function, documents: Iterable[str], processes: int) -> Iterator:
 
 
 class _Worker:
-    """A function that another process works out."""
+    """A function that another process computes."""
 
     def __init__(self, function):
         command = [sys.executable or "python", "-c", _WORKER.format(path=sys.path)]
@@ -108,13 +108,13 @@ class _Worker:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what was not written for it is of no use any more
+            with contextlib.suppress(OSError):  # what is still unwritten is not needed any more
                 pipe.close()
 
 
 def _work() -> None:
-    """Be a worker: read a function, then chunks, and write what it makes of each, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads the documents
+    """Run a worker: read a function, then chunks, and write the result for each, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
     with contextlib.suppress(EOFError, BrokenPipeError):

@@ -1,4 +1,4 @@
-"""Words: text -> words by jieba; stopwords; keywords."""
+"""Segmentation: cutting text into words with jieba; stopwords; keywords."""
 
 import functools
 import os
@@ -14,28 +14,31 @@ from ..runtime.files import read_text, shipped_file
 from .documents import check_documents
 
 _HAN_WORD = re.compile(r"[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]{2,}")
-_LONGEST_LINE = 200  # of a user dictionary
+_MAX_LINE_CHARS = 200  # of a user dictionary
 _STOPWORD_LISTS = ("cn", "classical")
-# What of jieba is used beside its documented functions.
-_OF_JIEBA = ("FREQ", "gen_pfdict", "get_dict_file", "initialized", "total")
+# What is used of jieba beyond its documented functions.
+_JIEBA_INTERNALS = ("FREQ", "gen_pfdict", "get_dict_file", "initialized", "total")
 
 
 def segment(
     text: str, stopwords: Collection[str] | str = (), *, user_dict: Sequence[str] | str = (), hmm: bool = False
 ) -> list[str]:
-    """Cut text into words with jieba, and leave out stopwords if any are given.
+    """Cut text into words with jieba, and leave out stopwords if there are any.
 
-    Without stopwords nothing is lost: the words joined are the text again, blanks and newlines included.
-    With `hmm=False` only words of the dictionary come out as words, which is what a vocabulary can hold.
+    Without stopwords nothing is lost: the words joined are the text, blanks and newlines included.
 
     Args:
         text: any string.
         stopwords: the words to leave out, or the name or file of a list (see `load_stopwords`).
         user_dict: a user dictionary, its file or its lines (see `load_user_dict`).
-        hmm: let jieba's hidden Markov model join characters into words that are in no dictionary.
+        hmm: let jieba's hidden Markov model combine characters to words that are in no dictionary. By default every
+            word of several characters is from the dictionary, so that a vocabulary can hold it.
 
     Returns:
         `list[str]`.
+
+    Raises:
+        ValueError: the user dictionary is not UTF-8, or has too long a line.
 
     Example:
         >>> segment("我们的模型会写诗。")
@@ -51,7 +54,7 @@ def segment(
 
 
 def segmenter(user_dict: tuple[str, ...] = (), hmm: bool = False) -> Callable[[str], list[str]]:
-    """Return the function that cuts one text, its dictionary loaded once and shared by later calls."""
+    """Return the function that cuts a text. Its dictionary is loaded once and shared by later calls."""
     if not hmm and is_rust(user_dict):
         return _rust_cut()
     jieba_tokenizer = _jieba_tokenizer(user_dict)
@@ -59,25 +62,25 @@ def segmenter(user_dict: tuple[str, ...] = (), hmm: bool = False) -> Callable[[s
 
 
 def is_rust(user_dict: Sequence[str] = ()) -> bool:
-    """Tell whether words without HMM are cut in Rust: where the extra `fast` is installed, and no user dictionary."""
+    """Return whether text is cut in Rust: the extra `fast` is installed, and there is no user dictionary."""
     return not user_dict and _rust_cut() is not None
 
 
 def default_processes(num_chars: int, unit: str, user_dict: Sequence[str] = ()) -> int:
-    """Choose how many processes are worth their start to segment and encode so much text."""
+    """Choose in how many processes to segment and encode text: several only if they repay their start."""
     if unit == "char" or num_chars < (100_000_000 if is_rust(user_dict) else 10_000_000):
         return 1
     return usable_cores()
 
 
 def load_user_dict(path) -> tuple[str, ...]:
-    """Read a jieba user dictionary: a word a line, its frequency and part of speech optional.
+    """Read a jieba user dictionary: one word a line, optionally with its frequency and part of speech.
 
     Args:
         path: a UTF-8 file of lines such as `大语言模型 100 n`.
 
     Returns:
-        `tuple[str, ...]`, its lines, without empty ones.
+        `tuple[str, ...]`, its lines without empty ones.
 
     Raises:
         ValueError: the file is not UTF-8.
@@ -86,11 +89,13 @@ def load_user_dict(path) -> tuple[str, ...]:
 
 
 def load_stopwords(source: str | os.PathLike = "cn") -> frozenset[str]:
-    """Load a list of stopwords: one that ships with the package, or your own file.
+    """Load a list of stopwords: a shipped one, or your own file.
+
+    Stopwords are for keywords, statistics and `segment`; a language model needs every word of its training text.
 
     Args:
-        source: "cn" (modern Chinese function words), "classical" (a short list for classical Chinese), or
-            the path of a UTF-8 file, one word a line.
+        source: "cn" (function words of modern Chinese), "classical" (a short list for classical Chinese), or the path
+            of a UTF-8 file with one word a line.
 
     Returns:
         `frozenset[str]`.
@@ -107,26 +112,26 @@ def load_stopwords(source: str | os.PathLike = "cn") -> frozenset[str]:
         return frozenset(read_text(path).split())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"Stopwords must be one of the lists {', '.join(_STOPWORD_LISTS)} or a file, and there is no file {source}."
+            f"Stopwords must be one of the lists {', '.join(_STOPWORD_LISTS)} or a file, but there is no file {source}."
         ) from None
 
 
 def keywords(
     text: str, top_k: int = 10, stopwords: Collection[str] | str = "cn", *, user_dict: Sequence[str] | str = ()
 ) -> dict[str, float]:
-    """Find the content words that tell most about a text, by TF-IDF over jieba's table of frequencies.
+    """Find the most characteristic words of a text, by TF-IDF with jieba's table of document frequencies.
 
-    Counted are words of two or more Han characters that are not stopwords; a word that the table lacks
-    takes its median.
+    Counted are words of two or more Chinese characters that are not stopwords; a word that is not in the table gets its
+    median.
 
     Args:
         text: the text, from a sentence to a book.
-        top_k: how many words at the most.
-        stopwords: the words never to return, or the name or file of a list.
-        user_dict: a user dictionary, its file or its lines.
+        top_k: the maximum number of words.
+        stopwords: words never to return, or the name or file of a list (see `load_stopwords`).
+        user_dict: a user dictionary, its file or its lines (see `load_user_dict`).
 
     Returns:
-        `dict[str, float]` from word to weight, heaviest first.
+        `dict[str, float]` from word to weight, the heaviest first.
 
     Raises:
         ValueError: `top_k` is below 1.
@@ -151,19 +156,22 @@ def keywords(
 def remove_stopwords(
     documents: list[str], stopwords: Collection[str] | str = "cn", *, user_dict: Sequence[str] | str = ()
 ) -> tuple[list[str], float]:
-    """Take the stopwords out of documents, and say how much goes.
+    """Remove the stopwords from documents, and report how much is removed.
 
-    This is for analysis and for experiments. A language model trained on what is left does not learn
-    to write the words that were taken out, negation among them.
+    This is for analysis and experiments. A language model trained on the result does not learn to write the words that
+    were removed, negations among them.
 
     Args:
         documents: the documents.
-        stopwords: the words to take out, or the name or file of a list.
-        user_dict: a user dictionary, its file or its lines.
+        stopwords: the words to remove, or the name or file of a list (see `load_stopwords`).
+        user_dict: a user dictionary, its file or its lines (see `load_user_dict`).
 
     Returns:
-        The documents without stopwords (those left empty are dropped), `list[str]`, and the share of the
-        words that was removed, `float` from 0 to 1.
+        The documents without stopwords, `list[str]` (those left empty are dropped), and the share of the words that was
+        removed, `float` from 0 to 1.
+
+    Raises:
+        ValueError: `documents` is a single text.
 
     Example:
         >>> remove_stopwords(["我们的模型会写诗。"])
@@ -184,19 +192,19 @@ def remove_stopwords(
 
 
 def as_user_dict(user_dict: Sequence[str] | str | os.PathLike) -> tuple[str, ...]:
-    """Read a user dictionary if a file is named, else take its lines; refuse one that is no line of a dictionary."""
+    """Return the lines of a user dictionary, given its file or its lines; refuse lines that are too long."""
     lines = load_user_dict(user_dict) if isinstance(user_dict, (str, os.PathLike)) else tuple(user_dict)
-    # jieba keeps every beginning of a word: memory grows with the square of its length.
-    if long := next((line for line in lines if len(line) > _LONGEST_LINE), None):
+    # jieba stores every prefix of a word: memory grows with the square of its length.
+    if long := next((line for line in lines if len(line) > _MAX_LINE_CHARS), None):
         raise ValueError(
-            f"A line of a user dictionary must have at most {_LONGEST_LINE} characters, but one has {len(long):,}: "
+            f"A line of a user dictionary must have at most {_MAX_LINE_CHARS} characters, but one has {len(long):,}: "
             f"{long[:20]!r} ... Put each word on a line of its own."
         )
     return lines
 
 
 def _as_stopwords(stopwords: Collection[str] | str | os.PathLike) -> Collection[str]:
-    # A bare string would otherwise mean "every substring of it is a stopword".
+    # `word in stopwords` would look for substrings of a string.
     return load_stopwords(stopwords) if isinstance(stopwords, (str, os.PathLike)) else stopwords
 
 
@@ -213,7 +221,7 @@ def _rust_cut() -> Callable[[str], list[str]] | None:
         try:
             return rust_cut(text)
         except UnicodeEncodeError:
-            # Rust has no lone surrogates; jieba cuts the same words and takes them.
+            # Rust strings cannot hold lone surrogates; jieba can, and cuts the same words.
             return _jieba_tokenizer(()).lcut(text, HMM=False)
 
     return cut
@@ -221,7 +229,7 @@ def _rust_cut() -> Callable[[str], list[str]] | None:
 
 def _import_jieba():
     with warnings.catch_warnings():
-        # jieba 0.42.1 has escape sequences that Python warns of, and imports pkg_resources.
+        # jieba 0.42.1 has invalid escape sequences, of which Python warns, and imports pkg_resources.
         warnings.simplefilter("ignore")
         import jieba
     return jieba
@@ -229,18 +237,17 @@ def _import_jieba():
 
 @functools.lru_cache(maxsize=4)
 def _jieba_tokenizer(user_dict: tuple[str, ...]):
-    """Make an own jieba.Tokenizer, so that words added elsewhere in the process change nothing here."""
+    """Make a separate jieba.Tokenizer, so that words added elsewhere in the process have no effect here."""
     tokenizer = _import_jieba().Tokenizer()
-    if all(hasattr(tokenizer, name) for name in _OF_JIEBA):
-        # Reading the dictionary here instead of in initialize() writes no log lines and no cache file in a
-        # shared temporary folder; it takes as long.
+    if all(hasattr(tokenizer, name) for name in _JIEBA_INTERNALS):
+        # Unlike initialize(), this writes no log lines and no cache file in a shared temporary folder; it is as fast.
         with tokenizer.get_dict_file() as dictionary:
             tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(dictionary)
         tokenizer.initialized = True
     else:  # another version of jieba
         tokenizer.initialize()
     if user_dict:
-        # jieba keeps words of frequency 0 in a set that all its tokenizers share.
+        # jieba keeps words of frequency 0 in a set that all its tokenizers share: restore it.
         force_split = getattr(_import_jieba().finalseg, "Force_Split_Words", set())
         others = set(force_split)
         tokenizer.load_userdict(user_dict)
@@ -250,7 +257,7 @@ def _jieba_tokenizer(user_dict: tuple[str, ...]):
 
 @functools.cache
 def _inverse_document_frequencies() -> tuple[dict[str, float], float]:
-    """Read the table that jieba ships; importing jieba.analyse would read it too, and a tagger besides."""
+    """Read the table that jieba ships, without importing jieba.analyse, which also loads a tagger."""
     table = Path(_import_jieba().__file__).parent / "analyse" / "idf.txt"
     pairs = (line.split(" ") for line in read_text(table).splitlines())
     idf = {word: float(weight) for word, weight in pairs}

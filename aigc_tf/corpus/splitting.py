@@ -9,15 +9,15 @@ MAX_PIECE_CHARS = 4_000  # longer documents are cut into pieces before the split
 
 
 def split(documents: list[str], valid_fraction: float = 0.05) -> tuple[list[str], list[str]]:
-    """Divide documents into a training and a held-out side by a stable hash of each document.
+    """Divide documents into training and held-out documents, by a stable hash of each.
 
-    A document's side depends on its own text and `valid_fraction` alone: it does not change when others are added,
-    removed or reordered, nor between machines. The exception is a corpus so small that one side would be empty: it
-    gets the document whose hash is nearest to it.
+    The side of a document depends only on its text and `valid_fraction`: it does not change when other documents are
+    added, removed or reordered, nor between machines. Only in a corpus so small that one side would be empty does that
+    side get the document with the nearest hash.
 
-    A document longer than 4,000 characters, such as a novel, is cut at line ends into pieces of at most so many
-    (a longer line stays whole), and these are divided. Joined by newlines they are the document. An edit of a long
-    document changes its later pieces, and so perhaps their sides.
+    A document of more than 4,000 characters, such as a novel, is first cut at line ends into pieces of at most that
+    length (a longer line stays whole), which are divided like documents. Joined by newlines, the pieces are the
+    document. Editing a long document changes its later pieces, and so possibly their sides.
 
     Args:
         documents: the documents.
@@ -28,7 +28,7 @@ def split(documents: list[str], valid_fraction: float = 0.05) -> tuple[list[str]
 
     Raises:
         ValueError: `valid_fraction` is out of range, there are fewer than two different documents, or `documents` is
-            one text.
+            a single text.
 
     Example:
         >>> train_documents, valid_documents = split([f"第{i}首" for i in range(1000)])

@@ -1,4 +1,4 @@
-"""Tokens: class Tokenizer, text <-> ids without loss."""
+"""Tokenizer: text to token ids and back, without loss."""
 
 import functools
 import hashlib
@@ -26,18 +26,18 @@ _FIRST_PIECE = _FIRST_BYTE + 256
 class Tokenizer:
     """Turn text into token ids and back without loss: `decode(encode(text)) == text` for every string.
 
-    A word that the vocabulary lacks is spelt in characters, a character that it lacks in UTF-8 bytes; so
-    there is no unknown token. `unit="char"` knows characters (verse; the safe choice), `unit="word"` jieba
-    words too (prose). Ids: 0 padding, 1 begin of document, 2 end of document, 3-258 bytes, then the pieces
-    by falling frequency.
+    A word that is not in the vocabulary is spelt in characters, and such a character in UTF-8 bytes, so there is no
+    unknown token. With `unit="char"` the vocabulary has characters (best for verse, and the safe choice), with
+    `unit="word"` also jieba words (best for prose). Ids: 0 padding, 1 beginning and 2 end of document, 3 to 258 bytes,
+    then the pieces in descending frequency. `Tokenizer.train` makes a tokenizer from documents.
 
     Args:
         pieces: the characters and words of the vocabulary, in the order of their ids.
         unit: "char" or "word".
-        user_dict: a jieba user dictionary, its file or its lines; only for words.
+        user_dict: a jieba user dictionary, its file or its lines (see `load_user_dict`); only for words.
 
     Raises:
-        ValueError: `unit` is unknown, a piece is empty or stands twice, or UTF-8 cannot hold one.
+        ValueError: `unit` is unknown, or a piece is empty, repeated or cannot be encoded in UTF-8.
 
     Example:
         >>> tokenizer = Tokenizer.train(["春眠不觉晓，处处闻啼鸟。"])
@@ -58,9 +58,11 @@ class Tokenizer:
         self.user_dict = as_user_dict(user_dict)
         self._ids = {piece: i for i, piece in enumerate(self.pieces, _FIRST_PIECE)}
         if len(self._ids) < len(self.pieces) or "" in self._ids:
-            raise ValueError("A vocabulary needs pieces that are all different and not empty.")
+            raise ValueError("The pieces of a vocabulary must be all different and not empty.")
         if broken := next(filter(SURROGATE.search, (*self.pieces, *self.user_dict)), None):
-            raise ValueError(f"A vocabulary and its user dictionary must be text that UTF-8 can hold, got {broken!a}.")
+            raise ValueError(
+                f"A vocabulary and its user dictionary must be text that UTF-8 can encode, got {broken!a}."
+            )
 
     @classmethod
     def train(
@@ -72,30 +74,38 @@ class Tokenizer:
         user_dict: Sequence[str] | str = (),
         processes: int = 1,
     ) -> "Tokenizer":
-        """Learn a vocabulary: the most frequent characters, and with `unit="word"` words among them.
+        """Build the vocabulary of documents: their most frequent characters, and with `unit="word"` words.
 
-        Characters and words share one ranking by frequency; a character counts wherever it stands, so
-        every character of a word that is kept is kept too.
+        Characters and words share one ranking by frequency. A character counts wherever it occurs, so that the
+        vocabulary has all characters of its words.
 
         Args:
             documents: the training documents.
             unit: "char" or "word".
-            vocab_size: the size of the vocabulary at the most, with the 259 special and byte ids;
-                by default 6,000 for characters and 20,000 for words.
-            user_dict: a jieba user dictionary, its file or its lines; only for words.
-            processes: how many processes segment (see `default_processes`).
+            vocab_size: the maximum size of the vocabulary, including the 259 special ids and bytes; by default 6,000
+                for characters and 20,000 for words.
+            user_dict: a jieba user dictionary, its file or its lines (see `load_user_dict`); only for words.
+            processes: the number of processes that segment. More than one repay their start with `unit="word"` from
+                about 10 million characters, or 100 million with the extra `fast`.
 
         Returns:
             A `Tokenizer`.
 
         Raises:
-            ValueError: `vocab_size` leaves no room for a piece, `unit` is unknown, or `documents` is one text.
+            ValueError: `vocab_size` leaves no room for a piece, `unit` is unknown, or `documents` is a single text.
+
+        Example:
+            >>> tokenizer = Tokenizer.train(["我们的模型会写诗。", "我们写诗。"], unit="word")
+            >>> [tokenizer.decode([i]) for i in tokenizer.encode("我们写诗")]
+            ['我们', '写诗']
         """
         check_documents(documents)
         tokenizer = cls((), unit, user_dict)
         vocab_size = DEFAULT_VOCAB_SIZE[unit] if vocab_size is None else vocab_size
         if vocab_size <= _FIRST_PIECE:
-            raise ValueError(f"vocab_size must be over {_FIRST_PIECE} (3 special ids and 256 bytes), got {vocab_size}.")
+            raise ValueError(
+                f"vocab_size must be more than {_FIRST_PIECE} (3 special ids and 256 bytes), got {vocab_size}."
+            )
         pieces = rank_pieces(documents, unit, tokenizer.user_dict, processes)
         return cls(pieces[: vocab_size - _FIRST_PIECE], unit, tokenizer.user_dict)
 
@@ -106,11 +116,11 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of everything that decides an encoding, as hexadecimal digits."""
+        """The SHA-256 of everything that determines an encoding, in hexadecimal digits."""
         return hashlib.sha256(json.dumps(self._as_dict(), sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Encode text into token ids, without begin or end of document.
+        """Encode text to token ids, without beginning and end of document.
 
         Args:
             text: any string.
@@ -130,23 +140,23 @@ class Tokenizer:
         ))  # fmt: skip
 
     def encode_documents(self, documents: Iterable[str], processes: int = 1) -> Iterator[np.ndarray]:
-        """Encode documents, each framed by begin and end of document.
+        """Encode documents, each between beginning and end of document.
 
         Args:
             documents: the documents.
-            processes: how many processes encode (see `train`).
+            processes: the number of processes that encode (see `train`).
 
         Returns:
-            An iterator over `int32` arrays, one a document, in order.
+            An iterator over `int32` arrays, one for each document, in order.
 
         Raises:
-            ValueError: `documents` is one text.
+            ValueError: `documents` is a single text.
         """
         check_documents(documents)
         return chain.from_iterable(map_chunks(self._encode_chunk, documents, processes))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode token ids into text; special ids give nothing, broken UTF-8 gives U+FFFD.
+        """Decode token ids to text. Special ids are skipped, and invalid UTF-8 becomes U+FFFD.
 
         Args:
             ids: token ids.
@@ -160,53 +170,53 @@ class Tokenizer:
         return "".join(self.decode_stream(ids))
 
     def decode_stream(self, ids: Iterable[int], cut: bool = False) -> Iterator[str]:
-        """Decode ids as they come, whole characters only: bytes wait until their character is complete.
+        """Decode ids as they come, in whole characters: bytes are held back until their character is complete.
 
         Args:
             ids: token ids, possibly from a generator.
-            cut: the ids may stop anywhere, so leave out a character whose last bytes are missing at the end, or before
-                the end of document.
+            cut: leave out a character that is incomplete at the end, or before the end of document, for ids that may
+                stop anywhere. By default it becomes U+FFFD.
 
         Returns:
-            An iterator over `str`; joined they equal `decode(ids)`.
+            An iterator over `str`, not empty; without `cut`, they join to `decode(ids)`.
 
         Raises:
             ValueError: an id lies outside the vocabulary.
         """
-        waiting = b""
+        pending = b""
         for i in ids:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"Ids of this vocabulary run from 0 to {self.vocab_size - 1}, got {i}.")
             if _FIRST_BYTE <= i < _FIRST_PIECE:
-                characters, waiting = complete_characters(waiting + bytes([i - _FIRST_BYTE]))
+                characters, pending = complete_characters(pending + bytes([i - _FIRST_BYTE]))
                 if characters:
                     yield characters
                 continue
-            if waiting:
+            if pending:
                 if not (cut and i == self.EOS):
                     yield "\ufffd"
-                waiting = b""
+                pending = b""
             if i >= _FIRST_PIECE:
                 yield self.pieces[i - _FIRST_PIECE]
-        if waiting and not cut:
+        if pending and not cut:
             yield "\ufffd"
 
     def token_bytes(self, i: int) -> bytes:
-        """Return the UTF-8 bytes that a token stands for; a special one stands for none."""
+        """Return the UTF-8 bytes of a token, empty for a special id."""
         return self.bytes_of_tokens[i]
 
     @functools.cached_property
     def bytes_of_tokens(self) -> tuple[bytes, ...]:
-        """The UTF-8 bytes that each token stands for, by its id."""
+        """The UTF-8 bytes of each token, by its id."""
         pieces = (piece.encode() for piece in self.pieces)
         return *([b""] * _FIRST_BYTE), *(bytes([byte]) for byte in range(256)), *pieces
 
     def piece_id(self, piece: str) -> int | None:
-        """Return the id of a piece of the vocabulary, or None if there is none."""
+        """Return the id of a piece, or None if it is not in the vocabulary."""
         return self._ids.get(piece)
 
     def save(self, path) -> None:
-        """Write the tokenizer as JSON, whole or not at all.
+        """Write the tokenizer to a JSON file, completely or not at all.
 
         Args:
             path: the file to write.
@@ -215,7 +225,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """Read a tokenizer that `save` wrote.
+        """Read a tokenizer from a file that `save` wrote.
 
         Args:
             path: the file to read.
@@ -225,12 +235,12 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is no tokenizer of this version.
+            ValueError: the file is not a tokenizer that this version can read.
         """
         try:
             state = parse_json(Path(path).read_text("utf-8"))
             if any(state.get(key) != value for key, value in _FORMAT.items()):
-                raise ValueError(f"it must say {_FORMAT}")
+                raise ValueError(f"it must contain {_FORMAT}")
             for name in ("pieces", "user_dict"):
                 if not isinstance(state[name], list) or not all(isinstance(text, str) for text in state[name]):
                     raise ValueError(f"its {name} must be a list of texts")
@@ -242,7 +252,7 @@ class Tokenizer:
         return {"unit": self.unit, "user_dict": list(self.user_dict), "pieces": list(self.pieces)}
 
     def __getstate__(self) -> dict:
-        # For another process: what is made from these is made there, and it is larger than they are.
+        # For other processes: the cached tables are larger, and can be made there.
         return {name: self.__dict__[name] for name in ("pieces", "unit", "user_dict", "_ids")}
 
     @functools.cached_property
@@ -250,7 +260,7 @@ class Tokenizer:
         return segmenter(self.user_dict)
 
     def _spell(self, word: str) -> list[int]:
-        """Spell a word that the vocabulary lacks in characters, and those that it lacks in bytes."""
+        """Spell a word in characters, and those that are not in the vocabulary in bytes."""
         ids = []
         for character in word:
             i = self._ids.get(character)

@@ -1,15 +1,15 @@
-"""UTF-8: which bytes may follow which in whole characters, as tables over what is pending of a character."""
+"""UTF-8: which bytes may follow which in whole characters, and decoding bytes as they come."""
 
 import functools
 import re
 
 import numpy as np
 
-SURROGATE = re.compile("[\ud800-\udfff]")  # UTF-8 has none
-# By what is pending of a character: the first and last of the bytes that may come, and what is pending after them.
-# 0 is nothing, 1 to 3 are so many bytes. After E0, F0 (4, 6) some bytes would spell a character in more of them than it
-# needs, after ED (5) half of a surrogate pair, and after F4 (7) what is beyond the last character.
-_FOLLOWING = (
+SURROGATE = re.compile("[\ud800-\udfff]")  # Python strings may contain them, UTF-8 may not
+# A state machine over the bytes of a character. For each state: ranges of bytes (first, last) that may come, and the
+# state after them. State 0 is between characters; in states 1 to 3 so many bytes are missing. After E0 and F0 (states 4
+# and 6) some bytes would be overlong encodings, after ED (5) surrogates, after F4 (7) beyond the last character.
+_STATES = (
     (
         (0x00, 0x7F, 0), (0xC2, 0xDF, 1), (0xE0, 0xE0, 4), (0xE1, 0xEC, 2), (0xED, 0xED, 5), (0xEE, 0xEF, 2),
         (0xF0, 0xF0, 6), (0xF1, 0xF3, 3), (0xF4, 0xF4, 7),
@@ -26,34 +26,34 @@ _FOLLOWING = (
 
 @functools.cache
 def tables() -> tuple[np.ndarray, np.ndarray]:
-    """Return which bytes may come, and what is pending after each, by what is pending before.
+    """Return which bytes may come in each state, and the state after each.
 
-    A byte that may not come, such as one of half a surrogate pair in a prompt, begins anew.
+    A byte that may not come, such as half of a surrogate pair in a prompt, starts a new character.
 
     Returns:
         `bool (8, 256)` and `int8 (8, 256)`.
 
     Example:
         >>> may_come, after = tables()
-        >>> pending = after[0, 0xE4]
-        >>> int(pending), bool(may_come[pending, 0xB8]), bool(may_come[pending, 0x41])
+        >>> state = after[0, 0xE4]
+        >>> int(state), bool(may_come[state, 0xB8]), bool(may_come[state, 0x41])
         (2, True, False)
 
     Source:
         The Unicode Standard, table 3-7, "Well-formed UTF-8 byte sequences".
     """
-    may_come = np.zeros((len(_FOLLOWING), 256), bool)
-    after = np.zeros((len(_FOLLOWING), 256), np.int8)
-    for pending, ranges in enumerate(_FOLLOWING):
-        after[pending] = after[0]
-        for first, last, left in ranges:
-            may_come[pending, first : last + 1] = True
-            after[pending, first : last + 1] = left
+    may_come = np.zeros((len(_STATES), 256), bool)
+    after = np.zeros((len(_STATES), 256), np.int8)
+    for state, ranges in enumerate(_STATES):
+        after[state] = after[0]
+        for first, last, next_state in ranges:
+            may_come[state, first : last + 1] = True
+            after[state, first : last + 1] = next_state
     return may_come, after
 
 
 def complete_characters(data: bytes) -> tuple[str, bytes]:
-    """Split bytes into the characters they complete and the rest that may still become one."""
+    """Split bytes into the characters that are complete, and the rest, which may still become one."""
     characters = ""
     while data:
         first = data[0]

@@ -434,12 +434,12 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
     run, text = str(run_folder), str(corpus)
     for arguments, part in [
         (["train", str(tmp_path / "none.txt")], "There is no file or folder"),
-        (["train", str(tmp_path / "folder")], "holds no .txt or .jsonl file"),
+        (["train", str(tmp_path / "folder")], "contains no .txt or .jsonl file"),
         (["train", str(tmp_path / "empty.txt")], "No text found"),
         (["train", str(tmp_path / "one.txt")], "A split needs at least two different documents"),
         (["train", str(tmp_path / "gbk.txt")], "must be UTF-8 text"),
         (["train", text, "--context", "100000"], "one window needs context + 1 = 100001"),
-        (["train", text, "--vocab-size", "10"], "vocab_size must be over 259"),
+        (["train", text, "--vocab-size", "10"], "vocab_size must be more than 259"),
         (["train", text, "--valid-fraction", "2"], "valid_fraction must lie between 0 and 1"),
         (["train", text, "--dropout", "1"], "dropout must lie"),
         (["train", text, "--num-heads", "3"], "multiple of num_heads"),

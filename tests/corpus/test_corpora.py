@@ -142,7 +142,7 @@ def test_no_network_is_said_in_one_line_with_a_way_out(index, cache):
     message = message_of(OSError, load_corpus, "tiny")
     assert "tiny-corpus==1.0" in message
     assert "No matching distribution found" in message
-    assert "'tang_quatrains' needs neither" in message
+    assert "'tang_quatrains' needs no download" in message
     assert not cache.exists()
 
 

@@ -90,7 +90,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_folder_without_text_is_named(tmp_path):
     write(tmp_path / "poems" / "a.md", "春")
     message = message_of(FileNotFoundError, load_documents, tmp_path / "poems")
-    assert "poems holds no .txt or .jsonl file, but 1 .md. Name another" in message
+    assert "poems contains no .txt or .jsonl file, but 1 .md. Name another" in message
 
 
 @pytest.mark.parametrize("content", ["", "\n \n\n", "\ufeff\u200b"])
@@ -272,6 +272,6 @@ def test_one_text_is_not_taken_for_documents(tokenizer):
             lambda text: aigc_tf.baselines(tokenizer, [text], text),
         ):
             message = message_of(ValueError, use, one)
-            assert f"documents must be a list of texts, got one {type(one).__name__}. Write [text]" in message
+            assert f"documents must be a list of texts, got one {type(one).__name__}. Pass [text]" in message
     with pytest.raises(ValueError, match="must be a list of texts"):
         aigc_tf.run_pipeline(text, "never-written")

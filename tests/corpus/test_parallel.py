@@ -56,7 +56,7 @@ def test_what_goes_wrong_among_the_documents_goes_wrong_here():
 @pytest.mark.parametrize("executable", ["/nowhere/python", "/bin/false"])
 def test_without_a_worker_the_work_is_done_here(monkeypatch, executable):
     monkeypatch.setattr(sys, "executable", executable)
-    with pytest.warns(UserWarning, match="A worker process failed .* its work is done in this one"):
+    with pytest.warns(UserWarning, match="A worker process failed .* this process does its work"):
         results = list(map_chunks(list, DOCUMENTS, 2))
     assert results == [[document] for document in DOCUMENTS]
 

@@ -201,17 +201,17 @@ def test_words_given_to_jieba_itself_change_nothing(monkeypatch):
     assert "自注意力" not in segment(TEXT, hmm=True)
 
 
-def test_a_jieba_of_other_insides_is_loaded_its_own_way(monkeypatch, tmp_path):
+def test_a_jieba_with_other_internals_loads_itself(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # where it keeps its cache
-    monkeypatch.setattr(segmentation, "_OF_JIEBA", [*segmentation._OF_JIEBA, "not_there"])
+    monkeypatch.setattr(segmentation, "_JIEBA_INTERNALS", [*segmentation._JIEBA_INTERNALS, "not_there"])
     words = segmentation._jieba_tokenizer.__wrapped__(USER_DICT).lcut(TEXT, HMM=False)
     assert words == segment(TEXT, user_dict=USER_DICT)
     assert any(tmp_path.iterdir())
 
 
-def test_jieba_has_the_insides_that_are_used():
+def test_jieba_has_the_internals_that_are_used():
     tokenizer = segmentation._import_jieba().Tokenizer()
-    assert [name for name in segmentation._OF_JIEBA if not hasattr(tokenizer, name)] == []
+    assert [name for name in segmentation._JIEBA_INTERNALS if not hasattr(tokenizer, name)] == []
     assert isinstance(segmentation._import_jieba().finalseg.Force_Split_Words, set)
 
 

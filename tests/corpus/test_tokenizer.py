@@ -376,5 +376,5 @@ def test_a_file_of_half_characters_is_refused(tmp_path, state):
     Tokenizer(["春"]).save(path)
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **state}), "utf-8")
     message = message_of(ValueError, Tokenizer.load, path)
-    assert "text that UTF-8 can hold, got" in message
+    assert "text that UTF-8 can encode, got" in message
     assert message.isascii()
