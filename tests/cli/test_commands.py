@@ -40,7 +40,7 @@ def only_error(capsys, arguments):
     return captured.err
 
 
-def test_train_keeps_a_run_with_its_settings_and_figures(run_folder, documents):
+def test_train_saves_a_run_with_its_settings_and_figures(run_folder, documents):
     run = read_run(run_folder)
     assert run["settings"]["steps"] == 4
     assert run["settings"]["model"] == "transformer"
@@ -61,7 +61,7 @@ def test_train_shows_progress_and_figures(corpus, tmp_path, capsys):
     assert str(tmp_path / "run") in out
 
 
-def test_the_same_command_goes_on_with_a_training_that_was_stopped(corpus, tmp_path, capsys, monkeypatch):
+def test_the_same_command_resumes_a_stopped_training(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["train", str(corpus), *SMALL, "--steps", "1000000", "--checkpoint-steps", "3"]
     steps = []
@@ -121,7 +121,7 @@ def test_two_trainings_started_together_take_two_folders(corpus, tmp_path):
     assert widths == [16, 32]
 
 
-def test_a_folder_where_a_training_goes_on_is_refused_by_name(corpus, tmp_path, capsys):
+def test_a_folder_with_a_running_training_is_refused_by_name(corpus, tmp_path, capsys):
     out = tmp_path / "run"
     errors = []
 
@@ -136,7 +136,7 @@ def test_a_folder_where_a_training_goes_on_is_refused_by_name(corpus, tmp_path, 
     assert str(out) in errors[0]
 
 
-def test_a_run_s_settings_are_those_of_another_but_for_what_is_given(run_folder, corpus, tmp_path, capsys):
+def test_config_takes_the_settings_of_another_run_under_the_given_options(run_folder, corpus, tmp_path, capsys):
     config = str(run_folder / "run.json")
     out = tmp_path / "again"
     assert main(["train", str(corpus), "--out", str(out), "--config", config, "--seed", "5", "--steps", "3"]) == 0
@@ -167,7 +167,7 @@ def test_prose_trains_with_words(tmp_path, documents, capsys):
     assert {"我们", "今天", "学习第"} <= set(tokenizer.pieces)
 
 
-def test_stopwords_can_be_removed_and_their_share_is_told(tmp_path, capsys):
+def test_stopwords_are_removed_and_their_share_is_shown(tmp_path, capsys):
     prose = tmp_path / "a.txt"
     prose.write_text("\n\n".join(f"我们的模型会写第{i}首诗。" for i in range(40)), "utf-8")
     out = tmp_path / "run"
@@ -190,7 +190,7 @@ def test_evaluate_repeats_the_figures_of_the_run(run_folder, corpus, capsys):
     assert set(figures) == set(read_run(run_folder)["figures"]) - {"steps_done"}
 
 
-def test_estimate_tells_costs_and_the_way_to_power(corpus, capsys):
+def test_estimate_prints_costs_and_a_memory_warning(corpus, capsys):
     small = "--num-layers 1 --hidden-dim 16 --context 16 --steps 60 --valid-fraction 0.2".split()
     assert main(["estimate", str(corpus), *small, "--seconds", "0.2", "--watts", "50"]) == 0
     out = capsys.readouterr().out
@@ -200,7 +200,7 @@ def test_estimate_tells_costs_and_the_way_to_power(corpus, capsys):
     assert "warning: This training needs about" in capsys.readouterr().out
 
 
-def test_tune_finds_the_better_setting_and_keeps_its_run(corpus, tmp_path, capsys):
+def test_tune_finds_the_better_setting_and_saves_its_run(corpus, tmp_path, capsys):
     small = "steps=3 context=16 num_layers=1 hidden_dim=16 validations=1 valid_fraction=0.2".split()
     settings = [part for text in ["learning_rate=1e-9,1e-2", *small] for part in ("--set", text)]
     assert main(["tune", str(corpus), "--out", str(tmp_path / "search"), "--trials", "2", *settings]) == 0
@@ -214,7 +214,7 @@ def test_a_corpus_can_be_named(run_folder, capsys):
     assert "A corpus must be one of" in only_error(capsys, ["evaluate", str(run_folder), "corpus:none"])
 
 
-def test_generate_repeats_itself_with_a_seed(run_folder, capsys):
+def test_generate_is_repeatable_with_a_seed(run_folder, capsys):
     texts = []
     for _ in range(2):
         assert main(["generate", str(run_folder), "白日", "--seed", "3", "--max-new-tokens", "9"]) == 0
@@ -279,7 +279,7 @@ def test_exempt_names_a_list_and_takes_punctuation_along(run_folder, tmp_path, c
     assert expected != generate(model, tokenizer, "白日", **settings)
 
 
-def test_samples_are_of_seeds_one_after_the_other(run_folder, capsys):
+def test_samples_have_consecutive_seeds(run_folder, capsys):
     model, tokenizer = load_writer(run_folder)
     for arguments, settings in (([], {}), (["--best-of", "2"], {"best_of": 2})):
         texts = [generate(model, tokenizer, "白日", seed=5 + i, max_new_tokens=30, **settings) for i in range(3)]
@@ -287,7 +287,7 @@ def test_samples_are_of_seeds_one_after_the_other(run_folder, capsys):
         assert len(set(texts)) == 3
 
 
-def test_generate_tells_json_of_the_prompts_of_a_file(run_folder, tmp_path, capsys, monkeypatch):
+def test_generate_prints_json_for_the_prompts_of_a_file(run_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.txt").write_text("白日\n\n明月  \n", "utf-8")
     common = ["--seed", "5", "--max-new-tokens", "30", "--num-samples", "2", "--json", "--stop", "，"]
     assert main(["generate", str(run_folder), "--prompt-file", str(tmp_path / "prompts.txt"), *common]) == 0
@@ -314,7 +314,7 @@ def test_generate_tells_json_of_the_prompts_of_a_file(run_folder, tmp_path, caps
     assert "standard input must be" in only_error(capsys, ["generate", str(run_folder), "--prompt-file", "-"])
 
 
-def test_json_and_tables_hold_nothing_that_a_terminal_obeys(run_folder, tmp_path, capsys):
+def test_json_and_tables_hold_no_control_characters(run_folder, tmp_path, capsys):
     told = {"a\x1b[31m\x9b31m\u202e": "\ud800 春"}
     (tmp_path / "run.json").write_text(json.dumps({**read_run(run_folder), "figures": told}))
     assert main(["info", str(tmp_path), "--json"]) == 0
@@ -326,7 +326,7 @@ def test_json_and_tables_hold_nothing_that_a_terminal_obeys(run_folder, tmp_path
     assert "\\ud800 春" in capsys.readouterr().out
 
 
-def test_no_name_in_a_run_passes_for_a_line_of_its_own(run_folder, tmp_path, capsys):
+def test_a_name_in_a_run_cannot_pass_for_a_line(run_folder, tmp_path, capsys):
     told = {"a\nfigures": 1, "data": {"b\n  sha256": "c\nsettings"}, "figures": {"d": 10**400}}
     (tmp_path / "run.json").write_text(json.dumps({**read_run(run_folder), **told}))
     assert main(["info", str(tmp_path)]) == 0
@@ -345,7 +345,7 @@ def test_words_of_another_encoding_are_refused(run_folder, option):
     assert "must be UTF-8, got b'\\xb4\\xba\\xb7\\xe7'. Set the terminal to UTF-8" in done.stderr
 
 
-def test_generate_shows_what_is_new_alone(run_folder, capsys):
+def test_new_only_leaves_out_the_prompt(run_folder, capsys):
     model, tokenizer = load_writer(run_folder)
     texts = [generate(model, tokenizer, "白日", seed=5 + i, max_new_tokens=30) for i in range(2)]
     assert written(capsys, run_folder, "--new-only") == texts[0].new + "\n"
@@ -394,7 +394,7 @@ def test_every_failure_is_one_line(run_folder, capsys, monkeypatch, error):
         main(["generate", str(run_folder)])
 
 
-def test_run_folders_below_are_named(run_folder, capsys):
+def test_run_folders_in_a_folder_are_named(run_folder, capsys):
     assert f"Name one of the run folders in it: {run_folder}" in only_error(
         capsys, ["generate", str(run_folder.parent)]
     )
@@ -496,7 +496,7 @@ def run_command(arguments, stdout, **options):
 
 
 @pytest.mark.parametrize("arguments", [["info"], ["--help"], ["train", "--help"], ["--version"]])
-def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+def test_a_closed_pipe_is_no_error(arguments):
     read, write = os.pipe()
     os.close(read)
     with open(write, "w") as pipe:
@@ -505,7 +505,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_a_full_disk_is_said_in_one_line(run_folder):
+def test_a_full_disk_is_reported_in_one_line(run_folder):
     with open("/dev/full", "w") as full:
         done = run_command(["info", run_folder], full)
     assert (done.returncode, done.stderr) == (2, "aigc-tf: error: No space left on device\n")
@@ -513,7 +513,7 @@ def test_a_full_disk_is_said_in_one_line(run_folder):
 
 @pytest.mark.skipif(os.name != "posix", reason="a shell that closes an output")
 @pytest.mark.parametrize("closed", [1, 2])
-def test_an_output_that_is_closed_is_no_error(run_folder, closed):
+def test_a_closed_output_is_no_error(run_folder, closed):
     stdout = None if closed == 1 else subprocess.DEVNULL
     done = run_command(["info", run_folder], stdout, preexec_fn=lambda: os.close(closed))
     assert (done.returncode, done.stderr) == (0, "")

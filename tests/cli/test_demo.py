@@ -24,7 +24,7 @@ def test_the_form_of_a_quatrain():
 
 
 @pytest.mark.slow
-def test_the_demo_tells_its_figures_and_keeps_its_runs(tmp_path):
+def test_the_demo_shows_its_figures_and_saves_its_runs(tmp_path):
     lines = []
     figures = run_demo(tmp_path, steps_fraction=0.01, show=lines.append)
     text = "\n".join(lines)

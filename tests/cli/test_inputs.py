@@ -19,7 +19,7 @@ def test_what_is_left_out_of_a_folder_is_one_line(documents, tmp_path, capsys):
     assert line.startswith("aigc-tf: left out: 1 .docx, 1 unreadable file (the first: ")
 
 
-def test_a_folder_gives_its_runs_its_name_by_whatever_path(tmp_path, monkeypatch):
+def test_the_default_run_name_is_that_of_the_first_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in (".", "./", str(tmp_path), f"../{tmp_path.name}"):
         assert default_run_name(make_parser().parse_args(["train", path])) == tmp_path.stem

@@ -18,7 +18,7 @@ def test_an_unknown_option_value_is_a_usage_error(capsys):
 
 
 @pytest.mark.parametrize("command", ["demo", "train", "estimate", "tune", "evaluate", "generate", "info"])
-def test_the_example_in_the_help_of_a_command_is_one(command, capsys, monkeypatch):
+def test_the_example_in_the_help_of_a_command_can_be_parsed(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -47,7 +47,7 @@ def test_options_may_stand_anywhere(words, expected):
 
 
 @pytest.mark.parametrize("words", ["generate RUN a --seed 1 b", "evaluate RUN --json", "train --steps 3", "info a b"])
-def test_words_too_many_or_too_few_are_usage_errors(words, capsys):
+def test_too_many_or_too_few_arguments_are_usage_errors(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words.split())
     assert "usage: aigc-tf" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def test_a_new_run_replaces_the_old_one_and_keeps_other_files(build, trained, to
     assert (tmp_path / "log.csv").exists()
 
 
-def test_killed_at_any_moment_a_save_leaves_one_run_or_the_other(build, trained, tokenizer, tmp_path, monkeypatch):
+def test_a_save_killed_at_any_moment_leaves_one_run_or_the_other(build, trained, tokenizer, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
@@ -166,7 +166,7 @@ def test_a_run_that_is_replaced_while_it_is_read_is_read_again(build, trained, t
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_save_deletes_what_a_killed_one_has_left(trained, tokenizer, tmp_path):
+def test_a_save_deletes_the_leftovers_of_a_killed_one(trained, tokenizer, tmp_path):
     (tmp_path / ".0123456789ab-.lock").touch()
     (tmp_path / ".0123456789ab-.saving").mkdir()
     (tmp_path / ".0123456789ab-.saving" / "model.keras").touch()
@@ -357,7 +357,7 @@ assert not {{"keras", "tensorflow", "jax", "numba"}} & set(sys.modules)
     assert done.returncode == 0, done.stderr[-500:]
 
 
-def test_a_model_of_another_graph_is_loaded_whole(tokenizer, tmp_path):
+def test_a_model_with_another_graph_is_loaded_by_keras(tokenizer, tmp_path):
     a, b = tokenizer.encode("白日")
     model = table_model(tokenizer, {a: b, b: a}, context=8)
     save(tmp_path, model, tokenizer)
@@ -377,7 +377,7 @@ def test_a_model_of_another_graph_is_loaded_whole(tokenizer, tmp_path):
     assert generate(writer, tokenizer, "白", **settings) == generate(model, tokenizer, "白", **settings)
 
 
-def test_a_file_laid_out_in_another_way_is_loaded_whole(trained, tokenizer, tmp_path):
+def test_a_file_with_another_layout_is_loaded_by_keras(trained, tokenizer, tmp_path):
     save(tmp_path, trained, tokenizer)
 
     def change(file, h5py):
@@ -469,7 +469,7 @@ def test_the_hashes_are_of_the_files_of_a_run_and_no_others(trained, tokenizer, 
 
 
 @pytest.mark.parametrize(("name", "value"), [("pieces", [1, 2]), ("pieces", "白日"), ("user_dict", [3]), ("unit", [])])
-def test_a_tokenizer_of_other_things_than_text_is_refused(trained, tokenizer, tmp_path, name, value):
+def test_a_tokenizer_file_with_wrong_types_is_refused(trained, tokenizer, tmp_path, name, value):
     save(tmp_path, trained, tokenizer)
     state = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
     (tmp_path / "tokenizer.json").write_text(json.dumps({**state, name: value}), "utf-8")

@@ -42,7 +42,7 @@ def test_the_same_seed_gives_the_same_figures(documents, tmp_path):
     assert figures[0] == figures[1] != figures[2]
 
 
-def test_precision_holds_for_the_run_alone(documents, tmp_path):
+def test_precision_is_set_for_the_run_alone(documents, tmp_path):
     run_pipeline(documents, tmp_path / "run", precision="mixed_bfloat16", progress=False, **SMALL)
     assert keras.config.dtype_policy().name == "float32"
     model, _ = aigc_tf.load(tmp_path / "run")

@@ -61,7 +61,7 @@ def test_the_better_setting_comes_first_and_its_run_is_kept(documents, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_after_the_last_trial_as_if_never_interrupted(documents, tmp_path, capsys):
+def test_a_resumed_search_equals_an_uninterrupted_one(documents, tmp_path, capsys):
     for trials in (2, 4):
         tune(documents, tmp_path / "twice", RATES, trials=trials, progress=False, **SMALL)
         (tmp_path / "twice" / f"trial-{trials + 1}").mkdir()  # what a killed process leaves
@@ -82,7 +82,7 @@ def test_a_search_goes_on_after_the_last_trial_as_if_never_interrupted(documents
     assert names(tmp_path / "twice") == ["best", "trial-5", "trials.json"]  # to go on with, should a call want five
 
 
-def test_minutes_end_the_search_after_the_trial_in_hand(documents, tmp_path):
+def test_minutes_end_the_search_after_the_running_trial(documents, tmp_path):
     for done in (1, 2):
         assert len(tune(documents, tmp_path / "search", RATES, minutes=1e-9, progress=False, **SMALL)) == done
 
@@ -107,7 +107,7 @@ def test_another_search_is_refused_in_the_same_folder(documents, tmp_path):
     assert "is damaged: entry 1" in message_of(ValueError, tune, documents, folder, RATES, trials=2, **SMALL)
 
 
-def test_a_failed_trial_is_listed_and_the_search_goes_on(documents, tmp_path, capsys):
+def test_a_failed_trial_is_listed_and_the_search_continues(documents, tmp_path, capsys):
     # 9 is no multiple of 2 heads; without heads to count an LSTM takes it.
     space = {"hidden_dim": [8, 9], "model": ["transformer", "lstm"]}
     fixed = {**{k: v for k, v in SMALL.items() if k not in space}, "num_heads": 2}
@@ -134,7 +134,7 @@ def test_a_seed_out_of_range_is_refused_before_a_folder_is_made(documents, tmp_p
     assert not (tmp_path / "search").exists()
 
 
-def test_when_all_trials_fail_the_reason_is_told(documents, tmp_path):
+def test_when_all_trials_fail_the_reason_is_given(documents, tmp_path):
     space, fixed = {"hidden_dim": [7, 9]}, {**SMALL, "model": "transformer", "num_heads": 2}
     del fixed["hidden_dim"]
     message = message_of(ValueError, tune, documents, tmp_path / "search", space, trials=3, progress=False, **fixed)
@@ -142,14 +142,14 @@ def test_when_all_trials_fail_the_reason_is_told(documents, tmp_path):
     assert "multiple of num_heads" in message
 
 
-def test_what_fails_again_and_again_ends_the_search_before_its_time(documents, tmp_path):
+def test_ten_failures_without_a_success_end_the_search(documents, tmp_path):
     fixed = {**SMALL, "model": "transformer", "num_heads": 3}
     message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, minutes=60, progress=False, **fixed)
     assert "All 10 trials failed" in message
     assert "multiple of num_heads" in message
 
 
-def test_a_user_dictionary_is_for_the_words_of_a_search_over_units(documents, tmp_path):
+def test_a_search_over_units_uses_the_user_dictionary_for_words_alone(documents, tmp_path):
     fixed = {**SMALL, "user_dict": ["欲穷千里"]}
     trials = tune(documents, tmp_path / "search", {"unit": ["char", "word"]}, trials=2, progress=False, **fixed)
     assert [trial["error"] for trial in trials] == [None, None]
@@ -203,7 +203,7 @@ def test_proposals_follow_from_the_seed_and_stay_in_the_space():
 
 
 @pytest.mark.slow
-def test_the_search_finds_a_lowest_figure_that_chance_does_not():
+def test_the_search_finds_a_minimum_that_random_draws_do_not():
     # So near to the lowest, within 0.03 of 4 orders of magnitude, 14 draws at random come once in five searches.
     def figure(settings):
         rate = settings["learning_rate"]
@@ -221,7 +221,7 @@ def test_each_setting_of_a_finite_space_is_tried_once_and_then_no_more():
     assert tune_module._propose(space, records, 0) is None
 
 
-def test_wrong_searches_are_refused_before_anything_is_written(documents, tmp_path):
+def test_invalid_searches_are_refused_before_anything_is_written(documents, tmp_path):
     folder = tmp_path / "search"
     for space, settings, part in [
         ({"width": [1]}, {}, "no setting 'width'"),
@@ -244,14 +244,14 @@ def test_wrong_searches_are_refused_before_anything_is_written(documents, tmp_pa
     assert not folder.exists()
 
 
-def test_without_keras_tuner_the_way_to_get_it_is_told(documents, tmp_path, monkeypatch):
+def test_without_keras_tuner_the_error_says_how_to_install_it(documents, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "keras_tuner", None)
     message = message_of(ValueError, tune, documents, tmp_path / "search", RATES, trials=1)
     assert "pip install 'keras-tuner[bayesian]'" in message
     assert not (tmp_path / "search").exists()
 
 
-def test_a_keras_tuner_that_works_in_another_way_is_refused(documents, tmp_path, monkeypatch):
+def test_a_keras_tuner_without_what_is_needed_is_refused(documents, tmp_path, monkeypatch):
     keras_tuner = pytest.importorskip("keras_tuner")
     monkeypatch.delattr(keras_tuner.oracles.BayesianOptimizationOracle, "populate_space")
     monkeypatch.setattr(keras_tuner.Oracle, "populate_space", None)
@@ -262,7 +262,7 @@ def test_a_keras_tuner_that_works_in_another_way_is_refused(documents, tmp_path,
     assert not (tmp_path / "search").exists()
 
 
-def test_what_the_search_did_not_make_stays(documents, tmp_path):
+def test_folders_that_the_search_did_not_make_stay(documents, tmp_path):
     folder = tmp_path / "search"
     tune(documents, folder, RATES, trials=1, progress=False, **SMALL)
     (folder / "trial-1-my-copy").mkdir()
@@ -321,7 +321,7 @@ def stop_during_trial(documents, folder, number, signum, **fixed):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_search_goes_on_with_the_trial_in_hand(documents, tmp_path, monkeypatch, signum):
+def test_a_stopped_search_resumes_with_the_unfinished_trial(documents, tmp_path, monkeypatch, signum):
     folder, fixed = tmp_path / "search", {**SMALL, "steps": 600, "validations": 60}
     code, out, errors = stop_during_trial(documents, folder, 2, signum, **fixed)
     kept = recorded(folder)
