@@ -34,7 +34,7 @@ def rows(text: str) -> list[list[str]]:
 
 def code(block: str) -> str:
     """A block of code without its comments, which are in the reader's language."""
-    return re.sub(r"  +#.*", "", block)
+    return re.sub(r"^#.*\n|  +#.*", "", block, flags=re.M)
 
 
 def files_drawn(picture: str) -> list[str]:
