@@ -1,15 +1,15 @@
-"""Contract: what this package expects of a language model, checked."""
+"""Contract: check_model(), what every function of this package expects of a language model and its tokenizer."""
 
 from ..corpus.tokenizer import Tokenizer
 from ..runtime.keras_internals import gives_by_name, takes_by_name
 
 
 def check_model(model, tokenizer: Tokenizer) -> None:
-    """Refuse a model and a tokenizer that do not belong together."""
+    """Refuse a model that is not a language model, or whose vocabulary size is not that of the tokenizer."""
     if not hasattr(model, "output_shape"):
         raise ValueError(
             f"A language model is a functional or sequential keras.Model, got a {type(model).__name__}, whose shapes "
-            "are not known before it is called. Wrap it: ids = keras.Input((context,), dtype='int32'); "
+            "are unknown until it is called. Wrap it: ids = keras.Input((context,), dtype='int32'); "
             "keras.Model(ids, model(ids))."
         )
     shapes = model.input_shape, model.output_shape
@@ -20,7 +20,7 @@ def check_model(model, tokenizer: Tokenizer) -> None:
         raise ValueError(
             "A language model has one input, ids (batch, T) with T fixed, and one output, logits (batch, T, V), got "
             f"{shown[0]} and {shown[1]}. Wrap it: "
-            "ids = keras.Input((context,), dtype='int32'); keras.Model(ids, logits), with logits made of ids."
+            "ids = keras.Input((context,), dtype='int32'); keras.Model(ids, logits), with logits computed from ids."
         )
     if model.output_shape[-1] != tokenizer.vocab_size:
         raise ValueError(

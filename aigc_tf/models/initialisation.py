@@ -1,4 +1,4 @@
-"""Initialisation: initialise(), first values of the token embedding, counted in the text to learn from."""
+"""Initialisation: initialise(), first values of the token embedding from counts of the training text."""
 
 import math
 
@@ -9,11 +9,11 @@ from ..corpus.tokenizer import Tokenizer
 from ..models.contract import check_model
 from ..runtime.backend import keras
 
-_DISTANCE = 2  # how far two tokens may be apart to be neighbours
-_MAX_TOKENS = 3_000_000  # of a larger text slices of so many tokens count
-_NOISE = 0.3  # what chance adds, as a share of what was counted
-# Times the values that are replaced: a Transformer learns more with 2 and 4 than with 1, an LSTM with 1 and 2 than with
-# 0.5.
+_DISTANCE = 2  # at most, between two neighbours
+_MAX_TOKENS = 3_000_000  # of a longer text, slices with as many tokens are counted
+_NOISE = 0.3  # relative to the counted part
+# Relative to the values that are replaced: a Transformer learns more with 2 and 4 than with 1, an LSTM more with 1 and
+# 2 than with 0.5.
 _SCALE = 2.0
 _OVERSAMPLING, _ITERATIONS = 16, 3  # of the randomised decomposition
 
@@ -21,25 +21,25 @@ _OVERSAMPLING, _ITERATIONS = 16, 3  # of the randomised decomposition
 def initialise(
     model: keras.Model, tokenizer: Tokenizer, documents: list[str] | np.ndarray, seed: int = 0
 ) -> keras.Model:
-    """Begin a model's training with an embedding in which tokens with like neighbours lie close together.
+    """Initialise the token embedding so that tokens with similar neighbours lie close together.
 
-    A model that starts from random vectors spends its first minutes on what counting tells in seconds. So each
-    token gets its row of the largest factors of the matrix of positive pointwise mutual information between
-    tokens at most 2 apart, on either side: log(n(a, b) n / (n(a) n(b))), where that is above 0. All rows have
-    the same norm, on the average twice that of the values they replace, and some noise. All other weights stay.
+    Call it before training: a model that starts from random vectors spends its first minutes learning what counting
+    shows in seconds. Each token gets its row of the largest factors of the matrix of positive pointwise mutual
+    information, max(0, log(n(a, b) n / (n(a) n(b)))), of tokens at most 2 apart on either side. All rows have the same
+    norm, on average twice that of the values they replace, plus some noise. All other weights stay as they are.
 
     Args:
         model: a fresh model with a layer `token_embedding`, as `transformer` and `lstm` build it.
         tokenizer: its tokenizer.
-        documents: the documents to learn from, or the ids of a store (`make_store`, `open_store`).
+        documents: the training documents, or the ids of a store (`make_store`, `open_store`).
         seed: the seed of the noise.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        ValueError: the model and the tokenizer do not fit, the model has no `token_embedding`, or there is no
-            document.
+        ValueError: the model and the tokenizer do not belong together, the model has no `token_embedding`, or there is
+            no document.
 
     Example:
         >>> from aigc_tf.models.networks import lstm
@@ -57,10 +57,12 @@ def initialise(
     try:
         embedding = model.get_layer("token_embedding")
     except ValueError:
-        raise ValueError("An initialisation is for a model with a layer named token_embedding.") from None
+        raise ValueError(
+            "initialise needs a layer named token_embedding. Build the model with transformer or lstm."
+        ) from None
     ids = documents if isinstance(documents, np.ndarray) else make_store(documents, tokenizer)
     if not len(ids):
-        raise ValueError("An initialisation needs at least one document, got none.")
+        raise ValueError("initialise needs at least one document, got none.")
     before = embedding.get_weights()[0]
     counted = _factors(_mutual_information(sample_tokens(ids, _MAX_TOKENS), len(before)), before.shape[1])
     norms = np.linalg.norm(counted, axis=1, keepdims=True)
@@ -72,22 +74,22 @@ def initialise(
 
 
 def _mutual_information(ids: np.ndarray, vocab_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Compute the positive pointwise mutual information of neighbours, symmetric (V, V): of each row places, values."""
-    ids = ids.astype(np.min_scalar_type(vocab_size**2))  # of four bytes mostly, as the pairs are many
+    """Compute the positive pointwise mutual information of neighbours, symmetric (V, V): columns and values by row."""
+    ids = ids.astype(np.min_scalar_type(vocab_size**2))  # mostly four bytes, as there are many pairs
     pairs = [ids[:-d] * vocab_size + ids[d:] for d in range(1, _DISTANCE + 1)]
     pairs += [ids[d:] * vocab_size + ids[:-d] for d in range(1, _DISTANCE + 1)]
     pairs, counts = np.unique(np.concatenate(pairs), return_counts=True)
-    places = np.stack(np.divmod(pairs.astype(np.int64), vocab_size), axis=1)
-    totals = np.bincount(places[:, 0], counts, vocab_size)
-    information = np.log(counts * totals.sum() / (totals[places[:, 0]] * totals[places[:, 1]]))
+    rows, columns = np.divmod(pairs.astype(np.int64), vocab_size)
+    totals = np.bincount(rows, counts, vocab_size)
+    information = np.log(counts * totals.sum() / (totals[rows] * totals[columns]))
     positive = information > 0
-    rows, columns = places[positive].T
+    rows, columns = rows[positive], columns[positive]
     ends = np.searchsorted(rows, np.arange(1, vocab_size))
     return list(zip(np.split(columns, ends), np.split(information[positive].astype(np.float32), ends), strict=True))
 
 
 def _factors(matrix: list[tuple[np.ndarray, np.ndarray]], width: int) -> np.ndarray:
-    """Return the largest factors of a symmetric matrix (V, V), left singular vectors times roots, (V, width)."""
+    """Return the largest factors of a symmetric matrix (V, V): singular vectors times roots of values, (V, width)."""
     vocab_size = len(matrix)
     rank = min(width + _OVERSAMPLING, vocab_size)
 

@@ -1,9 +1,9 @@
-"""Models: lstm() and transformer(), language models as functional graphs of built-in Keras layers.
+"""Networks: transformer() and lstm(), language models as functional graphs of built-in Keras layers.
 
-Both map token ids `int32 (B, T)` to logits `float32 (B, T, V)`, causally. A saved model loads in plain
-Keras. The names of the layers are part of the contract, for whoever looks for weights: `token_embedding`,
-`position_embedding`, `block_{i}_attention_norm`, `block_{i}_attention`, `block_{i}_mlp_norm`,
-`block_{i}_mlp_expand`, `block_{i}_mlp_project`, `final_norm`; `lstm_{i}`, `head`; and last `logits`.
+Both map token ids `int32 (B, T)` to logits `float32 (B, T, V)`, causally. A saved model loads in plain Keras. The names
+of the layers are part of the contract, for code that looks for weights: `token_embedding`, `position_embedding`,
+`block_{i}_attention_norm`, `block_{i}_attention`, `block_{i}_mlp_norm`, `block_{i}_mlp_expand`,
+`block_{i}_mlp_project`, `final_norm`; `lstm_{i}`, `head`; and last `logits`.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from .sizes import check_at_least_1, dimensions
 layers, ops = keras.layers, keras.ops
 
 _GPT2_STDDEV = 0.02
-# Large enough to move the gates from the first step: with 0.05 the demo's LSTM stands at 8.18 bits per character
-# after 400 steps, with 0.2 at 7.75.
+# Large enough to move the gates from the first step: after 400 steps the demo's LSTM is at 8.18 bits per character with
+# 0.05, at 7.75 with 0.2.
 _LSTM_EMBEDDING_STDDEV = 0.2
 
 
@@ -36,30 +36,30 @@ def transformer(
     dropout: float = 0.1,
     seed: int = 0,
 ) -> keras.Model:
-    """Build a Transformer language model, the architecture of GPT-2.
+    """Build a Transformer language model with the architecture of GPT-2.
 
-    Learned positions; blocks that normalise first, of causal multi-head attention and a GELU (tanh) MLP; a
-    final norm; the token embedding used again as the head. Weights start as in GPT-2: normal with standard
-    deviation 0.02, the projections into the residual stream divided by sqrt(2 * num_layers), biases zero.
-    The parameters number (V + T) D + L (4 D^2 + 2 D M + 9 D + M) + 2 D for L layers and MLP width M.
+    Learned positions; pre-norm blocks of causal multi-head attention and a GELU (tanh) MLP; a final norm; the token
+    embedding is also the head. Weights are initialised as in GPT-2: normal with a standard deviation of 0.02, divided
+    by sqrt(2 * num_layers) in the projections into the residual stream; biases are zero. The model has
+    (V + T) D + L (4 D^2 + 2 D M + 9 D + M) + 2 D parameters.
 
     Args:
         vocab_size: V, the number of token ids.
         context: T, the number of positions.
-        size: "tiny" (2 layers, 128 wide), "small" (6, 384) or "base" (12, 768: GPT-2's 124 million with
-            its V of 50,257 and T of 1,024); the dimensions below replace those of the size.
+        size: "tiny" (2 layers, 128 wide), "small" (6, 384) or "base" (12, 768; with V = 50,257 and T = 1,024 these are
+            the 124 million parameters of GPT-2). The dimensions below override it.
         num_layers: L, the number of blocks.
-        num_heads: H, the number of attention heads; it divides `hidden_dim`.
+        num_heads: H, the number of attention heads, a divisor of `hidden_dim`.
         hidden_dim: D, the width of the residual stream.
-        intermediate_dim: M, the width of the MLP, 4 D by default.
+        intermediate_dim: M, the width of the MLP, by default 4 D.
         dropout: the share of embeddings, attention scores and residual updates set to zero in training.
-        seed: the seed of the weights and the dropout.
+        seed: the seed of the weights and of dropout.
 
     Returns:
         A `keras.Model` from ids `int32 (B, T)` to logits `float32 (B, T, V)`, under any dtype policy.
 
     Raises:
-        ValueError: `size` is unknown or a dimension does not fit.
+        ValueError: `size` is unknown or a dimension is invalid.
 
     Example:
         >>> model = transformer(vocab_size=1000, context=32)
@@ -75,7 +75,7 @@ def transformer(
     intermediate_dim = 4 * hidden_dim if intermediate_dim is None else intermediate_dim
     check_at_least_1(vocab_size=vocab_size, context=context, intermediate_dim=intermediate_dim)
     _check_dropout(dropout)
-    # Drawn anew below; without a seed Keras would take one from Python's own generator, which is the user's.
+    # Redrawn below. Without a seed, Keras would take one from Python's global generator, which belongs to the user.
     init = keras.initializers.RandomNormal(stddev=_GPT2_STDDEV, seed=seed % 2**32)
     seeds = _seeds(seed)
 
@@ -84,7 +84,7 @@ def transformer(
 
     ids = keras.Input((context,), dtype="int32", name="ids")
     token_embedding = _token_embedding(vocab_size, hidden_dim, init)
-    # Positions come from the ids: a layer called on a constant would drop out of the model's weights.
+    # Positions are computed from the ids: the weights of a layer called on a constant would not be the model's.
     positions = ops.cumsum(ops.ones_like(ids), axis=1) - 1
     x = token_embedding(ids) + layers.Embedding(
         context, hidden_dim, embeddings_initializer=init, name="position_embedding"
@@ -124,28 +124,28 @@ def lstm(
     dropout: float = 0.1,
     seed: int = 0,
 ) -> keras.Model:
-    """Build an LSTM language model: embedding, stacked LSTM layers, head.
+    """Build an LSTM language model: an embedding, stacked LSTM layers, and a head.
 
-    With `tie_embeddings` the head is the token embedding used again, behind a projection `head` from D to E
-    where the two differ; without, `head` is a matrix of its own from D to V.
+    With `tie_embeddings` the head is the token embedding, after a projection `head` from D to E if they differ;
+    without, `head` is a separate matrix from D to V.
 
     Args:
         vocab_size: V, the number of token ids.
-        context: T, the number of positions that training looks back.
-        size: "tiny" (1 layer, 256 wide), "small" (2, 512) or "base" (3, 1536), all with an embedding half
-            as wide; the dimensions below replace those of the size.
+        context: T, the number of positions in training.
+        size: "tiny" (1 layer, 256 wide), "small" (2, 512) or "base" (3, 1536), each with an embedding half as wide. The
+            dimensions below override it.
         num_layers: the number of LSTM layers.
-        hidden_dim: D, the width of each layer's state.
-        embedding_dim: E, the width of the token embedding; half of D if D is given and E is not.
-        tie_embeddings: use the token embedding again as the head.
-        dropout: the share of each layer's input set to zero in training.
-        seed: the seed of the weights and the dropout.
+        hidden_dim: D, the width of the state of each layer.
+        embedding_dim: E, the width of the token embedding; by default half of D, if D is given.
+        tie_embeddings: use the token embedding as the head.
+        dropout: the share of the input of each layer set to zero in training.
+        seed: the seed of the weights and of dropout.
 
     Returns:
         A `keras.Model` from ids `int32 (B, T)` to logits `float32 (B, T, V)`, under any dtype policy.
 
     Raises:
-        ValueError: `size` is unknown or a dimension does not fit.
+        ValueError: `size` is unknown or a dimension is invalid.
 
     Example:
         >>> model = lstm(vocab_size=1000, context=32)
@@ -153,8 +153,8 @@ def lstm(
         ((None, 32, 1000), 555136)
 
     Source:
-        S. Hochreiter and J. Schmidhuber, "Long short-term memory", Neural Computation 9 (1997); tied head
-        after O. Press and L. Wolf, "Using the output embedding to improve language models" (2017).
+        S. Hochreiter and J. Schmidhuber, "Long short-term memory", Neural Computation 9 (1997); the tied
+        head after O. Press and L. Wolf, "Using the output embedding to improve language models" (2017).
     """
     chosen = dimensions("lstm", size, num_layers=num_layers, hidden_dim=hidden_dim, embedding_dim=embedding_dim)
     num_layers, hidden_dim, embedding_dim = (chosen[k] for k in ("num_layers", "hidden_dim", "embedding_dim"))
@@ -178,7 +178,8 @@ def lstm(
             return_sequences=True,
             kernel_initializer=glorot(),
             recurrent_initializer=keras.initializers.Orthogonal(seed=next(seeds)),
-            seed=seed % 2**32,  # of its own dropout, not used; without it Keras draws one from Python's generator
+            seed=seed
+            % 2**32,  # of its own dropout, which is unused; without one Keras takes it from Python's generator
             name=f"lstm_{i}",
         )(drop(x))
     x = drop(x)
@@ -204,31 +205,31 @@ def build(
     precision: str = "auto",
     seed: int = 0,
 ) -> keras.Model:
-    """Build a model by the name of its architecture, as a command or a search names it.
+    """Build a model by the name of its architecture, for the command line and the search.
 
     Args:
-        model: "transformer" or "lstm"; the other settings are theirs.
+        model: "transformer" or "lstm"; see there for the other settings.
         vocab_size: V, the number of token ids.
         context: T, the number of positions.
-        size: "tiny", "small" or "base"; the next three replace its dimensions.
+        size: "tiny", "small" or "base"; the next three override its dimensions.
         num_layers: the number of blocks or LSTM layers.
         num_heads: the number of attention heads, of a Transformer only.
         hidden_dim: the width.
         dropout: the share set to zero in training.
-        precision: the dtype policy of the layers, "float32", "mixed_bfloat16", "mixed_float16", or "auto" for what the
-            device computes best in (see `use_devices`).
-        seed: the seed of the weights and the dropout.
+        precision: the dtype policy of the layers, "float32", "mixed_bfloat16", "mixed_float16", or "auto" for the
+            best of the device (see `use_devices`).
+        seed: the seed of the weights and of dropout.
 
     Returns:
         A `keras.Model` from ids `int32 (B, T)` to logits `float32 (B, T, V)`.
 
     Raises:
-        ValueError: `model` is unknown, a dimension does not fit, or an LSTM is given attention heads.
+        ValueError: `model` is unknown, a dimension is invalid, or an LSTM is given attention heads.
     """
     dimensions(model, size, num_layers=num_layers, num_heads=num_heads, hidden_dim=hidden_dim)
     settings = {"num_layers": num_layers, "hidden_dim": hidden_dim, "dropout": dropout, "seed": seed}
     previous = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(known_precision(precision))  # layers keep the policy they are made under
+    keras.config.set_dtype_policy(known_precision(precision))  # layers keep the policy under which they are created
     try:
         if model == "lstm":
             return lstm(vocab_size, context, size, **settings)
@@ -242,7 +243,7 @@ def _token_embedding(vocab_size: int, hidden_dim: int, initializer) -> layers.La
         vocab_size,
         hidden_dim,
         embeddings_initializer=initializer,
-        # Otherwise the head multiplies in float32 under a mixed policy, at half the training speed.
+        # Under a mixed policy the head would otherwise multiply in float32, at half the training speed.
         reverse_dtype=keras.config.dtype_policy().compute_dtype,
         name="token_embedding",
     )
@@ -258,15 +259,15 @@ def _logits(x):
 
 
 def _seeds(seed: int) -> Iterator[int]:
-    """Yield seeds for the parts of a model, others than those of the next seed; on JAX Keras takes no larger ones."""
+    """Yield seeds for the parts of a model, different from those of the next seed, and small enough for JAX."""
     return ((seed * 10_000 + part) % 2**32 for part in itertools.count())
 
 
 def _initialise_transformer(model: keras.Model, num_layers: int, seed: int) -> None:
-    """Draw the matrices anew, from one generator.
+    """Redraw all matrices from one generator.
 
-    MultiHeadAttention gives its one initialiser to all of its four projections: with a seed the query, key
-    and value kernels would start equal, and the output projection could not be scaled alone.
+    MultiHeadAttention uses one initialiser for its four projections: with a seed, the kernels of query, key and value
+    would be equal, and the output projection could not be scaled separately.
     """
     generator = np.random.default_rng(seed)
     for variable in model.trainable_variables:

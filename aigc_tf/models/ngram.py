@@ -1,4 +1,4 @@
-"""N-grams: kneser_ney(), the traditional language model that neural ones are compared with."""
+"""N-grams: kneser_ney(), the classical language model that neural ones are compared with."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,28 +6,28 @@ import numpy as np
 
 from ..corpus.tokenizer import Tokenizer
 
-# What is taken from counts of 1, of 2, and of 3 and more where there is too little text to estimate it: near
-# the best of the values tried on 3 to 1,000 poems.
-_USUAL_DISCOUNTS = (0.75, 1.25, 1.5)
+# Of counts of 1, of 2, and of 3 or more, if there is too little text to estimate them: near the best of the values
+# tried on 3 to 1,000 poems.
+_DEFAULT_DISCOUNTS = (0.75, 1.25, 1.5)
 
 
 def kneser_ney(documents: Iterable[str], tokenizer: Tokenizer, order: int = 5) -> "Ngram":
-    """Count an n-gram language model with interpolated, modified Kneser-Ney smoothing.
+    """Build an n-gram language model with interpolated, modified Kneser-Ney smoothing.
 
-    The strongest of the classical models, and counted in seconds: what a neural model has to beat. The
-    longest grams count as often as they stand in the documents, a shorter one as often as different tokens
-    stand before it; one that begins its document, which nothing can precede, counts as it stands. Each count
-    gives up a discount, which is estimated from the counts of its order; what the tokens seen after a context
-    give up is shared out as the context one token shorter would, in the end evenly to every token. So every
-    token but padding and begin of document has a probability above 0.
+    It is the strongest classical model and is counted in seconds, so it is the one a neural model has to beat. The
+    longest n-grams are counted as often as they occur, shorter ones by the number of different tokens that occur before
+    them (those at the beginning of a document, which nothing can precede, as often as they occur). A discount,
+    estimated for each length, is subtracted from every count; the probability that this frees in a context is
+    distributed as in the context one token shorter, and finally uniformly. So every token except padding and beginning
+    of document has a probability above 0.
 
     Args:
         documents: the training documents.
-        tokenizer: the tokenizer; with `unit="char"` the grams are of characters.
-        order: the length of the longest grams: each token is predicted from the `order - 1` before it.
+        tokenizer: the tokenizer; with `unit="char"` the n-grams are of characters.
+        order: n, the length of the longest n-grams: each token is predicted from the `order - 1` tokens before it.
 
     Returns:
-        An `Ngram`, which `aigc_tf.evaluate` measures and `aigc_tf.generate` writes with.
+        An `Ngram`, for `aigc_tf.evaluate`, `aigc_tf.surprisal` and `aigc_tf.generate`.
 
     Raises:
         ValueError: `order` is below 1, or there is no document.
@@ -47,21 +47,21 @@ def kneser_ney(documents: Iterable[str], tokenizer: Tokenizer, order: int = 5) -
         raise ValueError(f"order must be at least 1, got {order}; 5 is usual.")
     encoded = list(tokenizer.encode_documents(documents))
     if not encoded:
-        raise ValueError("An n-gram model needs at least one document to count in, got none.")
+        raise ValueError("An n-gram model needs at least one document, got none.")
     return kneser_ney_from_ids(np.concatenate(encoded), tokenizer.vocab_size, order)
 
 
 class Ngram:
-    """An n-gram language model; `kneser_ney` makes one.
+    """An n-gram language model, made by `kneser_ney`.
 
-    In `aigc_tf.generate` it stands where a `keras.Model` stands: its log-probabilities are logits too.
+    `aigc_tf.generate` takes it like a `keras.Model`: its log-probabilities serve as logits.
 
     Args:
         vocab_size: V, the number of token ids.
-        levels: for the grams of each length k from 1 up: their keys, `int64`, sorted, and behind them one
-            larger than any; the probability of the last id of each after the others; and for each gram of
-            length k - 1 the share of the next id's probability that is left to a context one id shorter, with
-            1 as the last, for one never seen. A gram's number is its place among the keys, and its key is
+        levels: for each length k from 1 up: the keys of all k-grams, `int64`, sorted, followed by one larger than any;
+            the probability of the last id of each k-gram given the others; and for each (k - 1)-gram its backoff, the
+            share of the probability of the next id that is left to the context one id shorter, followed by 1 for a
+            context that was never seen. The number of a k-gram is its index among the keys, and its key is
             `V * number of its first k - 1 ids + last id`.
     """
 
@@ -74,15 +74,15 @@ class Ngram:
         self._levels = levels
 
     def nats(self, ids: Sequence[int]) -> np.ndarray:
-        """Measure how unexpected each token is after those before it.
+        """Compute the surprisal of each token, given those before it.
 
         Args:
-            ids: token ids, from a begin of document or from amidst one; several documents may follow one
-                another, each framed by begin and end, and do not see each other.
+            ids: token ids, from the beginning or the middle of a document. Several documents, each between beginning
+                and end of document, may follow one another; they are independent.
 
         Returns:
-            -log p of `ids[1:]` in nats, `float64` (len(ids) - 1,); infinite for a begin of document, which is
-            never predicted.
+            -log p of `ids[1:]` in nats, `float64` (len(ids) - 1,); infinite for a beginning of document, which is never
+            predicted.
 
         Raises:
             ValueError: an id lies outside the vocabulary.
@@ -102,10 +102,10 @@ class Ngram:
         """Compute the distribution of the next token.
 
         Args:
-            context_ids: the token ids before it, however many, with begin of document if it is among them.
+            context_ids: the token ids before it, of any number, including the beginning of the document.
 
         Returns:
-            `float64` (V,), which sums to 1: 0 for padding and begin of document, above 0 for all others.
+            `float64` (V,), which sums to 1: 0 for padding and beginning of document, above 0 for all others.
 
         Raises:
             ValueError: an id lies outside the vocabulary.
@@ -117,7 +117,7 @@ class Ngram:
         for k in range(1, len(ids) + 1):
             context = numbers[k - 1][-1]
             if context < 0:
-                break  # nor was a longer one seen
+                break  # so no longer one was seen
             keys, probability, backoff = self._levels[k]
             first, end = np.searchsorted(keys, [context * self.vocab_size, (context + 1) * self.vocab_size])
             p *= backoff[context]
@@ -125,13 +125,13 @@ class Ngram:
         return p
 
     def predict_on_batch(self, ids: np.ndarray) -> np.ndarray:
-        """Compute log-probabilities of the next token at every position, as a `keras.Model` does logits.
+        """Compute the log-probabilities of the next token at every position, as a `keras.Model` computes logits.
 
         Args:
             ids: `int32 (B, T)`, of any T.
 
         Returns:
-            `float32 (B, T, V)`, minus infinity for padding and begin of document.
+            `float32 (B, T, V)`, minus infinity for padding and beginning of document.
 
         Raises:
             ValueError: an id lies outside the vocabulary.
@@ -141,10 +141,10 @@ class Ngram:
             return np.log(p)
 
     def _find(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Find the number of each gram that the ids hold, (N - k + 1,) for each length k; -1 if never seen."""
+        """Return the numbers of all k-grams of the ids, (N - k + 1,) for each length k; -1 if never seen."""
         numbers = [ids]
         for k, (keys, _, _) in enumerate(self._levels[1:], 2):
-            wanted = self.vocab_size * numbers[-1][:-1] + ids[k - 1 :]  # after -1 below 0, which is no key
+            wanted = self.vocab_size * numbers[-1][:-1] + ids[k - 1 :]  # below 0 after -1, which is not a key
             found = np.searchsorted(keys, wanted)
             numbers.append(np.where(keys[found] == wanted, found, -1))
         return numbers
@@ -162,13 +162,12 @@ class Ngram:
 def kneser_ney_from_ids(
     ids: np.ndarray, vocab_size: int, order: int, discounts: Sequence[Sequence[float]] | None = None
 ) -> Ngram:
-    """Do what `kneser_ney` does, given the ids of all documents in one row, each framed by begin and end.
+    """Do what `kneser_ney` does, given the concatenated ids of all documents, each between beginning and end.
 
-    Discounts may be given instead of estimated: for each length of gram, what to take from counts of 1, of 2,
-    and of 3 and more.
+    Discounts may be given instead of estimated: for each length, those of counts of 1, of 2, and of 3 or more.
     """
     grams = _count(ids, vocab_size, order)
-    # The level below the first: one empty context, after which every token that can come is as likely.
+    # Below the first level there is one empty context, after which all tokens that may come are equally likely.
     num_contexts, below = 1, np.full(vocab_size, 1 / (vocab_size - 2))
     below[[Tokenizer.PAD, Tokenizer.BOS]] = 0.0
     levels = []
@@ -176,8 +175,8 @@ def kneser_ney_from_ids(
         contexts = keys // vocab_size
         taken = np.array([0.0, *(discounts[k] if discounts else _discounts(counts))])[np.minimum(counts, 3)]
         totals = np.bincount(contexts, counts, num_contexts)
-        # All is left to the shorter context where nothing follows, as after an end of document, and at the place
-        # of the number -1 that `_find` gives what was never seen.
+        # The shorter context gets everything if nothing follows, as after an end of document, and at index -1, the
+        # number that `_find` returns for what was never seen.
         backoff = np.ones(num_contexts + 1)
         np.divide(np.bincount(contexts, taken, num_contexts), totals, out=backoff[:-1], where=totals > 0)
         below = (counts - taken) / totals[contexts] + backoff[contexts] * below[suffixes]
@@ -187,11 +186,11 @@ def kneser_ney_from_ids(
 
 
 def _count(ids: np.ndarray, vocab_size: int, order: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Return for each length k of gram the keys, the numbers of the last k - 1 ids of each, and the counts."""
-    # A gram that goes on with a begin has left its document; one more begin ends the last document.
-    small = np.int32 if len(ids) < 2**31 - 1 else np.int64  # memory is what limits the text
+    """Return for each length k the keys of the k-grams, the numbers of their last k - 1 ids, and their counts."""
+    # A beginning ends the n-grams of the document before it; one more ends those of the last document.
+    small = np.int32 if len(ids) < 2**31 - 1 else np.int64  # memory limits the length of the text
     ids = np.append(ids, Tokenizer.BOS).astype(small)
-    starts, numbers = np.arange(len(ids) - 1, dtype=small), ids.copy()  # numbers[i] is that of the gram starting at i
+    starts, numbers = np.arange(len(ids) - 1, dtype=small), ids.copy()  # numbers[i]: of the n-gram that starts at i
     keys = suffixes = np.arange(vocab_size)
     counts = np.bincount(ids, minlength=vocab_size)
     grams = []
@@ -204,8 +203,8 @@ def _count(ids: np.ndarray, vocab_size: int, order: int) -> list[tuple[np.ndarra
         suffixes_of_longer = np.empty(len(longer), small)
         suffixes_of_longer[inverse] = numbers[starts + 1]
         predecessors = np.bincount(suffixes_of_longer, minlength=len(keys))
-        # Only what begins a document has no predecessor, and keeps its count. (Padding each document with begins
-        # gives the same bits per character on the poems, continuation counts there 0.02 more.)
+        # Only what begins a document has no predecessor, and keeps its count. (On the poems, padding each document with
+        # beginnings gives the same bits per character, and continuation counts there 0.02 more.)
         grams.append((keys, suffixes, np.where(predecessors > 0, predecessors, counts)))
         keys, suffixes = longer, suffixes_of_longer
         counts = np.bincount(inverse, minlength=len(longer)).astype(small)
@@ -216,7 +215,7 @@ def _count(ids: np.ndarray, vocab_size: int, order: int) -> list[tuple[np.ndarra
 
 
 def _numbered(keys: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return the different keys, sorted, and the number of each key among them, like `np.unique` in half its memory."""
+    """Return the sorted unique keys and the index of each key among them, like `np.unique` in half the memory."""
     order = np.argsort(keys)
     keys = keys[order]
     is_first = np.ones(len(keys), bool)
@@ -227,11 +226,11 @@ def _numbered(keys: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray
 
 
 def _discounts(counts: np.ndarray) -> Sequence[float]:
-    """Estimate what to take from counts of 1, of 2, and of 3 and more, by Chen and Goodman's formula."""
-    n = np.bincount(np.minimum(counts, 5), minlength=5)[1:5]  # how many grams have a count of 1, 2, 3, 4
+    """Estimate the discounts of counts of 1, of 2, and of 3 or more, by the formula of Chen and Goodman."""
+    n = np.bincount(np.minimum(counts, 5), minlength=5)[1:5]  # the number of n-grams with a count of 1, 2, 3, 4
     if not n.all():
-        return _USUAL_DISCOUNTS
+        return _DEFAULT_DISCOUNTS
     i = np.arange(1, 4)
     discounts = i - (i + 1) * n[0] / (n[0] + 2 * n[1]) * n[1:] / n[:-1]
-    # Without a discount, what was never seen would have no probability.
-    return discounts if (discounts > 0).all() else _USUAL_DISCOUNTS
+    # Without a discount, unseen tokens would have no probability.
+    return discounts if (discounts > 0).all() else _DEFAULT_DISCOUNTS

@@ -1,4 +1,4 @@
-"""Sizes: dimensions(), what "tiny", "small" and "base" stand for in each model."""
+"""Sizes: the dimensions of "tiny", "small" and "base" models."""
 
 SIZES = {
     "transformer": {
@@ -23,7 +23,7 @@ def dimensions(
     hidden_dim: int | None = None,
     embedding_dim: int | None = None,
 ) -> dict[str, int]:
-    """Resolve a size, and what replaces parts of it, to the dimensions of a model.
+    """Resolve a size, and the dimensions that override it, to the dimensions of a model.
 
     Args:
         model: "transformer" or "lstm".
@@ -38,7 +38,7 @@ def dimensions(
         an LSTM.
 
     Raises:
-        ValueError: `model` or `size` is unknown, or a dimension does not fit.
+        ValueError: `model` or `size` is unknown, or a dimension is invalid.
 
     Example:
         >>> dimensions("lstm", "tiny", hidden_dim=100)
@@ -49,7 +49,7 @@ def dimensions(
     if size not in SIZES[model]:
         raise ValueError(f"size must be one of {', '.join(SIZES[model])}, got {size!r}.")
     if model == "lstm" and num_heads is not None:
-        raise ValueError("num_heads is for a Transformer: an LSTM has no attention heads.")
+        raise ValueError("num_heads is for a Transformer: an LSTM has no attention heads. Remove num_heads.")
     if model == "lstm" and embedding_dim is None and hidden_dim is not None:
         embedding_dim = hidden_dim // 2
     given = {
@@ -65,7 +65,7 @@ def dimensions(
 
 
 def check_at_least_1(**dimensions: int) -> None:
-    """Refuse a dimension below 1, by its name."""
+    """Refuse a dimension below 1, naming it."""
     for name, value in dimensions.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
