@@ -1,21 +1,14 @@
-import itertools
 import multiprocessing
 import os
 import sys
 
-import numpy as np
 import pytest
 from conftest import message_of, spread, table_model
 
 import aigc_tf
-from aigc_tf import generate, generate_batch, kneser_ney, stream
-from aigc_tf.generation import writer
-from aigc_tf.generation.batch import Batch, RandomNumbers
-from aigc_tf.generation.engines import choose, device_loop
-from aigc_tf.generation.engines.engine import make_engine
+from aigc_tf import generate, kneser_ney, stream
+from aigc_tf.generation.engines import choose
 from aigc_tf.generation.engines.weight_cache import model_weights
-from aigc_tf.generation.processors import log_softmax
-from aigc_tf.generation.sampler import Sampler
 from aigc_tf.generation.settings import check_sampling
 from aigc_tf.runtime import numba_tools
 
@@ -46,15 +39,6 @@ def test_the_engine_is_chosen_by_model_device_and_settings(model, tokenizer, doc
     monkeypatch.setattr(choose, "_has_accelerator", lambda: False)
     monkeypatch.setattr(numba_tools, "_forked", True)
     assert chosen(model) == chosen(weights) == "numpy"
-
-
-@pytest.mark.parametrize("engine", ["numba", "numpy", "model"])
-def test_each_engine_writes_the_likeliest_text(model, tokenizer, engine):
-    settings = {"max_new_tokens": 6, "temperature": 0}
-    expected = generate(model, tokenizer, "白日", engine="model", **settings)
-    assert generate(model, tokenizer, "白日", engine=engine, **settings) == expected
-    assert "".join(stream(model, tokenizer, "白日", engine=engine, **settings)) == expected
-    assert generate_batch(model, tokenizer, ["白日", "白"], engine=engine, **settings)[0] == expected
 
 
 def test_what_is_written_does_not_depend_on_how_much_may_be(model, tokenizer):
@@ -181,58 +165,3 @@ def test_a_fork_while_compiled_code_runs_does_not_hang(tokenizer):
         )
         assert in_a_child(numba_tools.numba_is_usable) == "False"
     assert numba_tools.numba_is_usable()
-
-
-CONTEXT = 16
-
-
-@pytest.fixture(scope="module")
-def trained(build, tokenizer, documents):
-    model = build(tokenizer.vocab_size, CONTEXT)
-    data = aigc_tf.make_dataset(documents[:40], tokenizer, CONTEXT, 4, seed=0)
-    aigc_tf.train(model, data, tokenizer, documents[:4], steps=20, progress=False)
-    return model
-
-
-@pytest.mark.parametrize("engine", ["numba", "numpy", "model"])
-def test_a_trained_model_predicts_as_well_by_each_engine(trained, tokenizer, documents, engine):
-    texts = [text for text in documents[:40] if len(text) < CONTEXT - 2]
-    nats = 0.0
-    for text in texts:
-        read = make_engine(trained, 1, engine).read
-        ids = [tokenizer.BOS, *tokenizer.encode(text), tokenizer.EOS]
-        for position, (i, following) in enumerate(itertools.pairwise(ids)):
-            logits = read(*np.array([[0], [position], [i]]))
-            nats -= log_softmax(logits)[0, following]
-    chars = sum(map(len, texts))
-    expected = aigc_tf.evaluate(trained, tokenizer, texts)
-    assert nats / np.log(2) / chars == pytest.approx(expected["bits_per_char"], abs=1e-3)
-
-
-@pytest.mark.parametrize("engine", ["numba", "numpy", "device"])
-def test_a_trained_model_predicts_as_well_beyond_its_context(build, trained, tokenizer, engine):
-    num_tokens, nats, finished = 3 * CONTEXT, np.zeros(1), np.zeros(1, bool)
-    sampler = Sampler(tokenizer, check_sampling(temperature=1.0, top_p=None, logit_bias={tokenizer.EOS: -np.inf}))
-    if engine == "device":
-        weights, prompts = model_weights(trained), [[tokenizer.BOS]]
-        written = device_loop.write_steps(
-            weights, sampler, prompts, RandomNumbers([0]), num_tokens, finished, log_probabilities=nats
-        )
-    else:
-        texts = Batch(make_engine(trained, 1, engine), [[tokenizer.BOS]])
-        written = writer.write_steps(texts, sampler, RandomNumbers([0]), num_tokens, finished, nats)
-    ids = np.array([tokenizer.BOS, *np.concatenate(list(written))])
-    assert len(ids) == num_tokens + 1
-
-    # By the plain graph, window by window; an LSTM's state goes on, as if its context were longer.
-    longer = build(tokenizer.vocab_size, CONTEXT if build.architecture == "transformer" else num_tokens)
-    longer.set_weights(trained.get_weights())
-    start, windows, lasts = 0, [], []
-    for end in range(1, num_tokens + 1):
-        if end - start > longer.input_shape[1]:
-            start = end - CONTEXT // 2
-        windows.append(np.resize(ids[start:end], longer.input_shape[1]))
-        lasts.append(end - start - 1)
-    logits = longer.predict_on_batch(np.array(windows))[range(num_tokens), lasts]
-    expected = np.take_along_axis(log_softmax(np.array(logits)), ids[1:, None], axis=1).mean()
-    assert nats[0] / num_tokens == pytest.approx(expected, abs=1e-3)

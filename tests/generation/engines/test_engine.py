@@ -45,24 +45,6 @@ def engines(model):
     yield make_engine(model, len(LENGTHS), "model").read, 1e-5
 
 
-def test_logits_are_those_of_the_graph(model, texts):
-    expected = np.array(model.predict_on_batch(texts))
-    assert expected.std() > 0.5
-    for read, tolerance in engines(model):
-        # Prompts of three lengths in one call, then a token a call, of rows that fall out one by one.
-        prompts = {row: (0, length) for row, length in enumerate(LENGTHS)}
-        np.testing.assert_allclose(
-            read(*tokens(texts, prompts)), expected[range(3), np.array(LENGTHS) - 1], atol=tolerance
-        )
-        for step in range(T):
-            spans = {row: (n + step, n + step + 1) for row, n in enumerate(LENGTHS) if n + step < T}
-            if spans:
-                rows, positions, ids = tokens(texts, spans)
-                logits = read(rows, positions, ids)
-                np.testing.assert_allclose(logits, expected[rows, positions], atol=tolerance)
-                assert logits.shape == (len(spans), V)
-
-
 def test_a_row_can_begin_anew_and_read_pieces_of_any_length(model, texts):
     expected = np.array(model.predict_on_batch(texts))
     for read, tolerance in engines(model):
