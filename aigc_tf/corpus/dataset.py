@@ -1,136 +1,22 @@
-"""Dataset: documents -> a store of token ids -> windows as a tf.data.Dataset."""
+"""Dataset: documents, or a store of token ids, as batches of windows to train on."""
 
 import bisect
 import hashlib
-import os
 from array import array
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..runtime.files import parse_json, rename, temporary_path, write_json
+from ..runtime.backend import tensorflow_for_data
+from .order import shuffled
+from .store import blocks_of, count_tokens, make_store
 from .tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # a store needs NumPy alone
+if TYPE_CHECKING:
     from ..runtime.backend import tf
 
-_FORMAT = {"format": "aigc_tf token store", "version": 1}
-_TOKENS, _MANIFEST = "tokens.bin", "manifest.json"
-_BLOCK = 2**20  # tokens of a store that are looked at in one go
-_NUM_SLICES = 100  # of a sample
-
-
-def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, processes: int = 1) -> np.ndarray:
-    """Encode documents into a token store, one long row of ids, on disk or in memory.
-
-    On disk it is a folder of `tokens.bin`, the documents one after the other, each framed by begin and end
-    of document, as uint16 or uint32; and `manifest.json` with their numbers, hashes and the tokenizer's
-    fingerprint. The folder appears when it is complete.
-
-    Args:
-        documents: the documents, also from a generator: for a store on disk one chunk at a time is in memory.
-        tokenizer: the tokenizer.
-        path: the folder to make, or None for memory.
-        processes: how many processes encode (see `Tokenizer.train`).
-
-    Returns:
-        The ids, `uint16` or `uint32`, shape (tokens,); those on disk memory-mapped as by `open_store`.
-
-    Raises:
-        FileExistsError: `path` exists already.
-    """
-    dtype = _dtype(tokenizer)
-    encoded = (ids.astype(dtype) for ids in tokenizer.encode_documents(documents, processes))
-    if path is None:
-        row = bytearray()
-        for ids in encoded:
-            row += ids.tobytes()
-        return np.frombuffer(row, dtype)
-    path = Path(path)
-    if path.exists():
-        raise FileExistsError(f"{path} exists already. Name another folder, or delete it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_path(path) as folder:
-        folder.mkdir()
-        digest, num_tokens, num_documents = hashlib.sha256(), 0, 0
-        with open(folder / _TOKENS, "wb") as file:
-            for ids in encoded:
-                file.write(ids.tobytes())
-                digest.update(ids.tobytes())
-                num_tokens += len(ids)
-                num_documents += 1
-            file.flush()
-            os.fsync(file.fileno())
-        manifest = {
-            **_FORMAT,
-            "dtype": dtype.name,
-            "tokens": num_tokens,
-            "documents": num_documents,
-            "sha256": digest.hexdigest(),
-            "tokenizer": tokenizer.fingerprint,
-        }
-        write_json(folder / _MANIFEST, manifest)
-        rename(folder, path)
-    return open_store(path, tokenizer)
-
-
-def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
-    """Open a token store that `make_store` made, without reading it into memory.
-
-    Args:
-        path: the folder.
-        tokenizer: the tokenizer it was made with.
-
-    Returns:
-        The ids, memory-mapped read-only, `uint16` or `uint32`, shape (tokens,).
-
-    Raises:
-        FileNotFoundError: there is no store at `path`.
-        ValueError: the store belongs to another tokenizer, or is of another size or dtype than it says. That its ids
-            are those that were written is not looked at, as it would take reading them.
-    """
-    path = Path(path)
-    if not (path / _MANIFEST).is_file():
-        raise FileNotFoundError(f"{path} is no token store: it has no {_MANIFEST}. Make one with make_store.")
-    try:
-        manifest = parse_json((path / _MANIFEST).read_text("utf-8"))
-        if any(manifest.get(key) != value for key, value in _FORMAT.items()):
-            raise ValueError(f"it must say {_FORMAT}")
-        dtype, num_tokens, made_with = (manifest[key] for key in ("dtype", "tokens", "tokenizer"))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path / _MANIFEST} cannot be read by this version: {error}.") from None
-    if made_with != tokenizer.fingerprint:
-        raise ValueError(f"The token store {path} was made with another tokenizer. Make it anew.")
-    if dtype != _dtype(tokenizer).name:
-        raise ValueError(f"The token store {path} must be of {_dtype(tokenizer).name}, but says {dtype}. Make it anew.")
-    if num_tokens * np.dtype(dtype).itemsize != (path / _TOKENS).stat().st_size:
-        raise ValueError(f"{path / _TOKENS} does not have the {num_tokens} ids of its manifest. Make it anew.")
-    return np.memmap(path / _TOKENS, dtype, mode="r") if num_tokens else np.empty(0, dtype)  # nothing cannot be mapped
-
-
-def count_tokens(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Count how often each token occurs in a store, `int64 (V,)`."""
-    counts = np.zeros(vocab_size, np.int64)
-    for _, block in _blocks(ids):
-        counts += np.bincount(block, minlength=vocab_size)
-    return counts
-
-
-def sample_tokens(ids: np.ndarray, num_tokens: int) -> np.ndarray:
-    """Take about `num_tokens` of a store that has more, in slices that lie evenly over it; of another, all."""
-    if len(ids) <= num_tokens:
-        return ids
-    size = max(1, num_tokens // _NUM_SLICES)
-    starts = np.linspace(0, len(ids) - size, _NUM_SLICES).astype(np.int64)
-    return np.concatenate([ids[start : start + size] for start in starts])
-
-
-def _blocks(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield where each block of a store begins, and its ids: a store on disk may be larger than the memory."""
-    for start in range(0, len(ids), _BLOCK):
-        yield start, ids[start : start + _BLOCK]
+_ENDLESS = np.iinfo(np.int64).max  # the end of batches without one, as tf.data has it
 
 
 def make_dataset(
@@ -140,7 +26,7 @@ def make_dataset(
     batch_size: int,
     seed: int | None = None,
     start_step: int = 0,
-) -> "tf.data.Dataset":
+) -> "tf.data.Dataset | Batches":
     """Cut documents into windows of next-token prediction, full and of one shape.
 
     The documents stand in one row, `BOS document EOS BOS document EOS ...`. A window begins where a
@@ -163,6 +49,7 @@ def make_dataset(
         A `tf.data.Dataset` of `(inputs, targets)`, each `int32` of shape (B, T), with
         `targets[:, :-1] == inputs[:, 1:]`. Four more attributes are for `train`: `seed`; `from_step(k)`, the same data
         from batch k on; `identity()`, a dict that tells it from other data; `counts()`, how often each token occurs.
+        Where TensorFlow is not installed, `Batches`: the same in NumPy arrays.
 
     Raises:
         ValueError: the documents do not fill one window, or without a seed one batch; or a setting is out of range.
@@ -172,12 +59,13 @@ def make_dataset(
         >>> tokenizer = Tokenizer.train(documents)
         >>> dataset = make_dataset(documents, tokenizer, context=7, batch_size=2)
         >>> inputs, targets = next(iter(dataset))
-        >>> [tokenizer.decode(row) for row in inputs.numpy()], tokenizer.decode(targets[0].numpy())
+        >>> inputs, targets = np.array(inputs), np.array(targets)
+        >>> [tokenizer.decode(row) for row in inputs], tokenizer.decode(targets[0])
         (['春眠不觉晓，', '处处闻啼鸟。'], '春眠不觉晓，')
     """
-    from ..runtime.backend import tf
-
     _require_positive(context=context, batch_size=batch_size)
+    if start_step < 0:
+        raise ValueError(f"start_step must be at least 0, got {start_step}.")
     if seed is not None:
         seed = as_seed(seed)
     tokens = documents if isinstance(documents, np.ndarray) else make_store(documents, tokenizer)
@@ -190,38 +78,80 @@ def make_dataset(
         )
     offsets = np.arange(context + 1)
 
-    def window_at(position):
-        if seed is None:
-            return position
-        epoch, index = position // num_windows, position % num_windows
-        last = tf.constant(num_windows - 1, tf.int64)
-        return tf.random.experimental.index_shuffle(index, tf.stack([tf.cast(seed, tf.int64), epoch]), last)
-
-    def gather(windows):
+    def rows_of(places: np.ndarray) -> np.ndarray:
+        windows = places if seed is None else shuffled(places, num_windows, seed)
         return tokens[starts[windows][:, None] + offsets].astype(np.int32)
 
-    def inputs_and_targets(windows):
-        rows = tf.numpy_function(gather, [windows], tf.int32, stateful=False)
-        rows.set_shape((batch_size, context + 1))
-        return rows[:, :-1], rows[:, 1:]
-
-    stop = num_windows if seed is None else np.iinfo(np.int64).max
-    dataset = (
-        tf.data.Dataset.range(start_step * batch_size, stop)
-        .map(window_at)
-        .batch(batch_size, drop_remainder=True)
-        .map(inputs_and_targets)
-        .prefetch(tf.data.AUTOTUNE)
-    )
-    dataset.from_step = lambda step: make_dataset(tokens, tokenizer, context, batch_size, seed, start_step + step)
-    dataset.seed = seed
-    dataset.counts = lambda: count_tokens(tokens, tokenizer.vocab_size)
-    dataset.identity = lambda: {
+    end = num_windows // batch_size if seed is None else None
+    data = batches_of(rows_of, batch_size, context, start_step, end)
+    data.from_step = lambda step: make_dataset(tokens, tokenizer, context, batch_size, seed, start_step + step)
+    data.seed = seed
+    data.counts = lambda: count_tokens(tokens, tokenizer.vocab_size)
+    data.identity = lambda: {
         "tokens": hashlib.sha256(tokens).hexdigest(),
         "order's seed": seed,
         "first batch": start_step,
     }
-    return dataset
+    return data
+
+
+def batches_of(
+    rows_of: Callable[[np.ndarray], np.ndarray], batch_size: int, context: int, start: int = 0, end: int | None = None
+) -> "tf.data.Dataset | Batches":
+    """Make batches of rows, with tf.data where TensorFlow is installed.
+
+    Args:
+        rows_of: from the places of rows, `int64 (B,)`, to the rows, `int32 (B, T + 1)`. Batch i has the places from
+            i * B to (i + 1) * B - 1.
+        batch_size: B.
+        context: T.
+        start: the number of the first batch.
+        end: the number after that of the last; None for endless batches.
+    """
+    end = _ENDLESS if end is None else end
+    tf = tensorflow_for_data()
+    if tf is None:
+        return Batches(rows_of, (batch_size, context), start, end)
+
+    def inputs_and_targets(step):
+        rows = tf.numpy_function(lambda step: rows_of(_places(step, batch_size)), [step], tf.int32, stateful=False)
+        rows.set_shape((batch_size, context + 1))
+        return rows[:, :-1], rows[:, 1:]
+
+    return tf.data.Dataset.range(start, end).map(inputs_and_targets).prefetch(tf.data.AUTOTUNE)
+
+
+class Batches:
+    """Batches where TensorFlow is not installed: what `train` needs of a `tf.data.Dataset`, and nothing else.
+
+    Iterating yields `(inputs, targets)`, NumPy arrays `int32 (B, T)`, from the beginning each time.
+
+    Attributes:
+        shape: (B, T).
+    """
+
+    def __init__(self, rows_of, shape: tuple[int, int], start: int, end: int):
+        self._rows_of, self._start, self._end = rows_of, start, end
+        self.shape = shape
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for step in range(self._start, self._end):
+            rows = self._rows_of(_places(step, self.shape[0]))
+            yield rows[:, :-1], rows[:, 1:]
+
+    def cardinality(self) -> int:
+        """Count the batches, -1 if they are endless."""
+        return -1 if self._end == _ENDLESS else max(0, self._end - self._start)
+
+    def rebatch(self, batch_size: int, drop_remainder: bool) -> "Batches":
+        """Divide each batch into batches of `batch_size`, which divides B."""
+        parts = self.shape[0] // batch_size
+        end = _ENDLESS if self._end == _ENDLESS else parts * self._end
+        return Batches(self._rows_of, (batch_size, self.shape[1]), parts * self._start, end)
+
+
+def _places(step: int, batch_size: int) -> np.ndarray:
+    return np.arange(step * batch_size, (step + 1) * batch_size)
 
 
 def _window_starts(tokens: np.ndarray, bos: int, context: int) -> np.ndarray:
@@ -232,7 +162,7 @@ def _window_starts(tokens: np.ndarray, bos: int, context: int) -> np.ndarray:
             "Add text or lower `context`."
         )
     # A document that ends with the row fits whole, as one before another document does.
-    begins = [start + np.flatnonzero(block == bos) for start, block in _blocks(tokens)]
+    begins = [start + np.flatnonzero(block == bos) for start, block in blocks_of(tokens)]
     boundaries = np.concatenate([*begins, [len(tokens)]])
     if boundaries[0] > 0:
         boundaries = np.append(0, boundaries)
@@ -257,10 +187,6 @@ def _window_starts(tokens: np.ndarray, bos: int, context: int) -> np.ndarray:
     if start < len(tokens) - 1:
         starts.append(len(tokens) - context - 1)  # what is left, filled up from before
     return np.frombuffer(starts, np.int64)
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
 
 
 def as_seed(seed) -> int:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ..corpus.dataset import make_store, sample_tokens
+from ..corpus.store import make_store, sample_tokens
 from ..corpus.tokenizer import Tokenizer
 from ..models.contract import check_model
 from ..runtime.backend import keras

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..corpus.dataset import make_store, open_store
 from ..corpus.documents import documents_sha256
 from ..corpus.segmentation import default_processes
+from ..corpus.store import make_store, open_store
 from ..corpus.tokenizer import Tokenizer
 from ..runtime.distribution import num_hosts
 from ..runtime.files import hold_lock, rename, temporary_path

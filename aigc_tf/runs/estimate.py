@@ -6,14 +6,15 @@ import time
 
 import numpy as np
 
+from ..corpus.dataset import batches_of
 from ..evaluation.bits import FINAL_TOKENS, VALIDATION_TOKENS, batch_rows, make_scorer
 from ..models.networks import build
 from ..models.sizes import check_at_least_1, dimensions
-from ..runtime.backend import keras, tf
+from ..runtime.backend import keras
 from ..runtime.distribution import known_precision, predict
 from ..runtime.hardware import available_bytes, gpu_watts, process_bytes, processor_joules
 from ..training.fast.fast_training import fast_training
-from ..training.train import check_candidates, compile_model, phases, steps_at_once, usual_candidates
+from ..training.train import check_candidates, compile_model, feed, phases, steps_at_once, usual_candidates
 
 # The memory that `initialise` and `baselines` take per token counted, measured with 21 MB of text, and how many tokens
 # they count at most.
@@ -242,14 +243,14 @@ def _measure(
 ) -> tuple[float, float | None]:
     """Run training steps on random ids, and return the seconds per step and the power read meanwhile."""
     ids = np.random.default_rng(0).integers(0, vocab_size, (batch_size, context + 1), dtype=np.int32)
-    data = tf.data.Dataset.from_tensors((ids[:, :-1], ids[:, 1:])).repeat()
+    data = batches_of(lambda places: ids, batch_size, context)
     compile_model(model, steps=1_000_000)
     parts = phases(model, 1000, num_candidates, np.ones(vocab_size))
     step_seconds, watts, end_before, steps_in_block = 0.0, None, 0, steps_at_once()
     for phase in parts:
         timer = _Timer(seconds / len(parts), steps_in_block)
         with fast_training(phase.model, steps * batch_size * context) as (trained, _):
-            batches = phase.prepare(data, 0)
+            batches = feed(phase.prepare(data, 0))
             trained.steps_per_execution = steps_in_block
             trained.fit(batches, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
         step_seconds += statistics.median(timer.step_seconds) * (phase.end - end_before) / 1000

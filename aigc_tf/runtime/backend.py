@@ -1,8 +1,9 @@
-"""Backend and device: `keras` and `tf`, loaded quietly. Every room that needs them takes them from here."""
+"""Backend and device: `keras` and `tf`, loaded quietly. All other files import them from here."""
 
 import contextlib
 import functools
 import gc
+import importlib.util
 import os
 import re
 import sys
@@ -55,32 +56,58 @@ _FUSION = "--tf_xla_cpu_global_jit --tf_xla_ops_to_cluster=FUSIBLE --tf_xla_max_
 
 
 def _load_backend():
-    """Import Keras and TensorFlow without TensorFlow's start-up lines.
+    """Import Keras and, where it computes with TensorFlow, TensorFlow, without its start-up lines.
 
     TensorFlow writes some of them whatever TF_CPP_MIN_LOG_LEVEL says. A user who sets it to 0 wants to see
     everything, and does.
     """
     if "tensorflow" not in sys.modules:
         os.environ.setdefault("TF_XLA_FLAGS", _FUSION)
-    backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
-    if backend in ("torch", "openvino"):
-        raise ValueError(
-            f"aigc_tf runs on TensorFlow or JAX, got KERAS_BACKEND={backend}. Set it to tensorflow or jax."
-        )
-    quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"
-    with hidden_native_logs() if quiet else contextlib.nullcontext():
-        import keras
-        import tensorflow as tf
+    asked = os.environ.get("KERAS_BACKEND") or "tensorflow"
+    if asked in ("torch", "openvino"):
+        raise ValueError(f"aigc_tf runs on TensorFlow or JAX, got KERAS_BACKEND={asked}. Set it to tensorflow or jax.")
+    try:
+        with _quiet_start():
+            import keras
 
-        # Looking for devices is when TensorFlow reports a missing GPU driver.
-        tf.config.list_physical_devices()
-        if keras.backend.backend() != "tensorflow":
-            # TensorFlow only feeds data then: the accelerator belongs to the other backend.
-            tf.config.set_visible_devices([], "GPU")
+            if keras.backend.backend() != "tensorflow":
+                return keras, None
+            import tensorflow as tf
+
+            # Looking for devices is when TensorFlow reports a missing GPU driver.
+            tf.config.list_physical_devices()
+    except ModuleNotFoundError as error:
+        if error.name not in ("tensorflow", "jax"):
+            raise
+        raise ModuleNotFoundError(
+            f"aigc_tf is to compute with {error.name} here, which is not installed. Install tensorflow, or jax with "
+            "KERAS_BACKEND=jax set before Python starts.",
+            name=error.name,
+        ) from None
     return keras, tf
 
 
-keras, tf = _load_backend()
+def _quiet_start():
+    quiet = os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2") != "0"
+    return hidden_native_logs() if quiet else contextlib.nullcontext()
+
+
+keras, tf = _load_backend()  # tf is None where JAX computes
+
+
+@functools.cache
+def tensorflow_for_data():
+    """Import TensorFlow for tf.data; where JAX computes it gets no GPU. Return None where it is not installed."""
+    if tf is not None:
+        return tf
+    if importlib.util.find_spec("tensorflow") is None:
+        return None
+    with _quiet_start():
+        import tensorflow
+
+        with contextlib.suppress(RuntimeError):  # it has been used before: then it has its devices
+            tensorflow.config.set_visible_devices([], "GPU")
+    return tensorflow
 
 
 def uses_gpu() -> bool:
@@ -167,7 +194,7 @@ def freed_graphs() -> Iterator[None]:
     and that function holds the whole graph of the step: 20 to 40 MB for a tiny model. `clear_session` does not
     free it, and forgets the user's dtype policy.
     """
-    gradient_functions = registered_gradients()
+    gradient_functions = registered_gradients() if tf else {}
     before = set(gradient_functions)
     try:
         yield

@@ -154,6 +154,16 @@ def is_first_host() -> bool:
     return jax.process_index() == 0
 
 
+def rows_of_host(array: np.ndarray) -> np.ndarray:
+    """Return the rows of a batch that this host computes: all of them, if it is the only one."""
+    if num_hosts() == 1:
+        return array
+    import jax
+
+    rows = len(array) // num_hosts()
+    return array[jax.process_index() * rows : (jax.process_index() + 1) * rows]
+
+
 def hosts_are_to_stop(look: int) -> bool:
     """Tell whether one of several hosts received a SIGTERM, at the same look on all of them.
 

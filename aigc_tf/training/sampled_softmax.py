@@ -1,12 +1,17 @@
 """Candidates: steps of a training whose softmax runs over a part of the vocabulary, and so take less time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..runtime.backend import keras, tf
+from ..corpus.dataset import Batches
+from ..runtime.backend import keras, tensorflow_for_data
 from ..runtime.keras_internals import source_of
+
+if TYPE_CHECKING:
+    from ..runtime.backend import tf
 
 SHARE_OF_STEPS = 0.9  # the last ones run over all tokens
 
@@ -80,7 +85,7 @@ def _tied_head(model):
 
 def draw_candidates(
     counts: np.ndarray, number: int, seed: int = 0
-) -> Callable[[tf.data.Dataset, int], tf.data.Dataset]:
+) -> Callable[["tf.data.Dataset | Batches", int], "tf.data.Dataset | Iterator"]:
     """Draw candidates for batches: the tokens that a batch predicts, and others by their frequency.
 
     Args:
@@ -89,7 +94,7 @@ def draw_candidates(
         seed: the seed of what is drawn.
 
     Returns:
-        A function from a dataset of `(inputs, targets)` and the number of its first batch to one of what
+        A function from data of `(inputs, targets)` and the number of its first batch to data of what
         `sampled_softmax_model` takes and the place of each target among the candidates, `int32 (B, T)`. What is
         drawn for batch i is a function of its targets, the seed and i alone.
     """
@@ -106,16 +111,27 @@ def draw_candidates(
         places[candidates] = np.arange(number, dtype=np.int32)
         return candidates.astype(np.int32), log_expected[candidates], places[targets]
 
-    def among_candidates(batch, data):
-        inputs, targets = data
-        kinds = [tf.int32, tf.float32, tf.int32]
-        candidates, expected, places = tf.numpy_function(draw, [batch, targets], kinds, stateful=False)
-        candidates.set_shape((number,))
-        expected.set_shape((number,))
-        places.set_shape(targets.shape)
-        return (inputs, candidates, expected), places
+    def among_candidates(data, first):
+        if isinstance(data, Batches):
+            return (
+                ((inputs, candidates, expected), places)
+                for batch, (inputs, targets) in enumerate(data, first)
+                for candidates, expected, places in [draw(batch, targets)]
+            )
+        tf = tensorflow_for_data()
 
-    return lambda data, first: data.enumerate(first).map(among_candidates).prefetch(tf.data.AUTOTUNE)
+        def add_candidates(batch, data):
+            inputs, targets = data
+            kinds = [tf.int32, tf.float32, tf.int32]
+            candidates, expected, places = tf.numpy_function(draw, [batch, targets], kinds, stateful=False)
+            candidates.set_shape((number,))
+            expected.set_shape((number,))
+            places.set_shape(targets.shape)
+            return (inputs, candidates, expected), places
+
+        return data.enumerate(first).map(add_candidates).prefetch(tf.data.AUTOTUNE)
+
+    return among_candidates
 
 
 def _log_expected(log_frequency: np.ndarray, number: int) -> np.ndarray:

@@ -12,11 +12,11 @@ import time
 import numpy as np
 
 from ..evaluation.bits import VALIDATION_TOKENS, evaluate_with_scorer, make_scorer, sample_documents, window_batches
-from ..generation.show import in_notebook
-from ..runtime.backend import keras, tf
+from ..runtime.backend import keras
 from ..runtime.distribution import hosts_are_to_stop, is_first_host, num_hosts
 from ..runtime.files import atomic_write
 from .checkpoints import CHECKPOINTS, read_newest, require_same, write_checkpoint
+from .logs import TensorBoardLog
 
 # A checkpoint by the minute takes at most this share of the time: one that took long is followed by a longer wait.
 _CHECKPOINTS_SHARE = 0.02
@@ -109,7 +109,7 @@ class Session(keras.callbacks.Callback):
             self.run_dir, self.folder = run_dir, folder
             self.identity, self.every_minutes, self.every_steps, self.keep = identity, minutes, steps, keep
             self._write_log()
-            self.summaries = tf.summary.create_file_writer(str(run_dir / "tensorboard"))
+            self.tensorboard = TensorBoardLog(run_dir / "tensorboard", self.display)
 
     def tell(self, methods: list[str]) -> None:
         """Show what is done to be fast, unless it was shown before."""
@@ -229,10 +229,7 @@ class Session(keras.callbacks.Callback):
         )
         if self.folder:
             self._write_log()
-            with self.summaries.as_default():
-                for name in list(row)[1:]:
-                    tf.summary.scalar(name, row[name], self.step)
-            self.summaries.flush()
+            self.tensorboard.write({name: row[name] for name in list(row)[1:]}, self.step)
         trained.reset_metrics()
         self.interval_began, self.interval_first_step = time.perf_counter(), self.step
 
@@ -266,29 +263,3 @@ class Session(keras.callbacks.Callback):
         tokens_per_second = done * self.tokens_per_step / (seconds - self.seconds_aside)
         left = round(seconds / done * (self.steps - self.step))
         return f"{tokens_per_second:,.0f} tokens/s  {left // 60}:{left % 60:02d} left"
-
-
-class Display:
-    """Show lines that stay, and in a terminal or a notebook one in between that is overwritten."""
-
-    def __init__(self):
-        self.is_live = sys.stdout.isatty() or in_notebook()
-        self.last_shown, self.width = 0.0, 0
-
-    def live(self, text: str) -> None:
-        if self.is_live and time.perf_counter() - self.last_shown > 0.2:
-            self.last_shown = time.perf_counter()
-            self._show(text, "\r")
-
-    def line(self, text: str) -> None:
-        self._show(text, "\n")
-
-    def _show(self, text: str, end: str) -> None:
-        print(text.ljust(self.width), end=end, flush=True)
-        self.width = len(text) if end == "\r" else 0
-
-
-class NoDisplay:
-    def live(self, text: str) -> None: ...
-
-    def line(self, text: str) -> None: ...

@@ -2,27 +2,32 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..corpus.dataset import Batches
 from ..corpus.documents import check_documents, documents_sha256
 from ..corpus.tokenizer import Tokenizer
 from ..models.contract import check_model
-from ..runtime.backend import keras, tf, uses_accelerator
-from ..runtime.distribution import check_distribution, is_first_host, num_replicas
+from ..runtime.backend import keras, uses_accelerator
+from ..runtime.distribution import check_distribution, is_first_host, num_replicas, rows_of_host
 from ..runtime.files import locked
 from .fast.fast_training import fast_training
+from .logs import Display, NoDisplay
 from .optimizer import WarmupStableDecay, adamw, check_optimization
 from .sampled_softmax import SHARE_OF_STEPS, draw_candidates, has_tied_head, sampled_softmax_model
-from .session import Display, NoDisplay, Session, signals_stop
+from .session import Session, signals_stop
+
+if TYPE_CHECKING:
+    from ..runtime.backend import tf
 
 
 def train(
     model: keras.Model,
-    train_data: tf.data.Dataset,
+    train_data: "tf.data.Dataset | Batches",
     tokenizer: Tokenizer,
     valid_documents: list[str],
     *,
@@ -160,7 +165,7 @@ class Phase(NamedTuple):
     """
 
     model: keras.Model
-    prepare: Callable[[tf.data.Dataset, int], tf.data.Dataset]
+    prepare: Callable[["tf.data.Dataset | Batches", int], "tf.data.Dataset | Batches | Iterator"]
     end: int
     methods: list[str]
 
@@ -202,13 +207,15 @@ def _run_phase(
             if course.received:
                 break
             first = course.step
-            data = getattr(train_data, "from_step", train_data.skip)(first) if first else train_data
+            data = train_data
+            if first:
+                data = data.from_step(first) if hasattr(data, "from_step") else data.skip(first)
             if num_microbatches > 1:
                 data = data.rebatch(batch_size // num_microbatches, drop_remainder=True)
             trained.steps_per_execution = num_microbatches * block
             trained.train_function = None  # one that was made for blocks of another size
             trained.fit(
-                phase.prepare(data, first * num_microbatches),
+                feed(phase.prepare(data, first * num_microbatches)),
                 steps_per_epoch=steps * num_microbatches,
                 callbacks=[course],
                 shuffle=False,  # the data has its order; Keras would warn that it does not shuffle it
@@ -219,7 +226,16 @@ def _run_phase(
             course.keep_metrics()
 
 
+def feed(data):
+    """Return data as `fit` takes it: a `tf.data.Dataset`, which Keras divides among hosts, or a generator."""
+    if hasattr(data, "element_spec"):
+        return data
+    return (keras.tree.map_structure(rows_of_host, batch) for batch in data)
+
+
 def _shape_of_a_batch(train_data) -> tuple[int, int]:
+    if isinstance(train_data, Batches):
+        return train_data.shape
     shape = train_data.element_spec[0].shape
     if shape.rank != 2 or None in shape:
         raise ValueError(
@@ -294,7 +310,7 @@ def _identity(model, train_data, tokenizer, valid_documents, settings: dict) -> 
     return {
         "backend": keras.backend.backend(),
         "tokenizer": tokenizer.fingerprint,
-        "training data": {"shape of a batch": list(train_data.element_spec[0].shape), **describe_data()},
+        "training data": {"shape of a batch": list(_shape_of_a_batch(train_data)), **describe_data()},
         "held-out documents": documents_sha256(valid_documents),
         **settings,
         "model": layers,

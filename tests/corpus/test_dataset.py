@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import subprocess
@@ -10,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aigc_tf import Tokenizer, make_dataset, make_store, open_store
-from aigc_tf.corpus import dataset
-from aigc_tf.corpus.dataset import _window_starts, sample_tokens
+from aigc_tf.corpus import dataset, store
+from aigc_tf.corpus.dataset import Batches, _window_starts
+from aigc_tf.corpus.store import sample_tokens
 
 
-def batches(dataset, count=None):
-    return [(x.numpy(), y.numpy()) for x, y in (dataset if count is None else dataset.take(count))]
+def batches(data, count=None):
+    return [(np.asarray(x), np.asarray(y)) for x, y in itertools.islice(data, count)]
 
 
 def test_targets_are_the_inputs_one_token_on(documents, tokenizer):
@@ -123,11 +125,37 @@ def test_starting_at_a_step_is_skipping_to_it(documents, tokenizer, start_step):
         np.testing.assert_array_equal(y, y2)
 
 
+@pytest.fixture
+def without_tensorflow(monkeypatch):
+    monkeypatch.setattr(dataset, "tensorflow_for_data", lambda: None)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_without_tensorflow_batches_are_the_same(documents, tokenizer, seed, request):
+    settings = {"context": 16, "batch_size": 4, "seed": seed}
+    given = make_dataset(documents, tokenizer, **settings)
+    request.getfixturevalue("without_tensorflow")
+    data = make_dataset(documents, tokenizer, **settings)
+    assert type(data) is Batches
+    assert data.shape == (4, 16)
+    count = None if seed is None else 60
+    for _ in range(2):  # from the beginning each time
+        np.testing.assert_array_equal(batches(data, count), batches(given, count))
+    np.testing.assert_array_equal(batches(data.from_step(5), 4), batches(given.from_step(5), 4))
+    halves = [(x[rows], y[rows]) for x, y in batches(given.from_step(5), 4) for rows in (slice(2), slice(2, 4))]
+    np.testing.assert_array_equal(batches(data.from_step(5).rebatch(2, drop_remainder=True), 8), halves)
+    assert data.cardinality() == given.cardinality()
+    assert data.rebatch(2, drop_remainder=True).cardinality() == (-1 if seed else 2 * data.cardinality())
+    assert (data.seed, data.identity(), data.counts().tolist()) == (seed, given.identity(), given.counts().tolist())
+    for array in batches(data, 1)[0]:
+        assert array.dtype == np.int32
+
+
 def test_one_pass_has_a_known_length_and_training_data_has_no_end(documents, tokenizer):
     one_pass = make_dataset(documents, tokenizer, 20, 4)
-    assert one_pass.cardinality().numpy() == len(batches(one_pass))
+    assert one_pass.cardinality() == len(batches(one_pass))
     infinite = -1  # tf.data.INFINITE_CARDINALITY
-    assert make_dataset(documents, tokenizer, 20, 4, seed=0).cardinality().numpy() == infinite
+    assert make_dataset(documents, tokenizer, 20, 4, seed=0).cardinality() == infinite
 
 
 def test_a_store_on_disk_gives_the_same_batches(tmp_path, documents, tokenizer):
@@ -179,8 +207,9 @@ def test_a_store_needs_no_tensorflow(tmp_path):
 def test_a_store_larger_than_the_memory_is_read_in_blocks(monkeypatch, documents, tokenizer):
     ids = make_store(documents, tokenizer)
     expected = make_dataset(ids, tokenizer, 16, 4, seed=0)
-    monkeypatch.setattr(dataset, "_BLOCK", 7)
-    monkeypatch.setattr(dataset, "np", np_with_small_arrays(np, 8, "bincount", "flatnonzero"))
+    monkeypatch.setattr(store, "_BLOCK", 7)
+    for module in (dataset, store):
+        monkeypatch.setattr(module, "np", np_with_small_arrays(np, 8, "bincount", "flatnonzero"))
     in_blocks = make_dataset(ids, tokenizer, 16, 4, seed=0)
     assert in_blocks.counts().tolist() == expected.counts().tolist() == np.bincount(ids).tolist()
     np.testing.assert_array_equal(batches(in_blocks, 5), batches(expected, 5))

@@ -3,6 +3,7 @@
 Values are compared only if they may have changed, and on the device they are on.
 """
 
+import functools
 import operator
 import types
 
@@ -74,7 +75,7 @@ class VariableSnapshot:
             # Training on JAX deletes old values to reuse their memory.
             return not any(b.is_deleted() for _, b in pairs) and all(bool((a == b).all()) for a, b in pairs)
         if not self._on_host:
-            return bool(_all_equal(now, self._values))
+            return bool(_comparison()(now, self._values))
         places = [np.asarray(value).__array_interface__["data"][0] for value in now]
         moved = [i for i, (place, before) in enumerate(zip(places, self._places, strict=True)) if place != before]
         return all(np.array_equal(now[i], self._values[i]) for i in moved)
@@ -97,7 +98,11 @@ def _is_on_host(value) -> bool:
     return keras.backend.backend() == "jax" or "CPU" in value.device
 
 
-@tf.function(autograph=False, reduce_retracing=True)
-def _all_equal(now, before):
-    """Compare the values on their device, so that one boolean is copied and not all weights."""
-    return tf.reduce_all([tf.reduce_all(a == b) for a, b in zip(now, before, strict=True)])
+@functools.cache
+def _comparison():
+    """Make a function that compares values on their device, so that one boolean is copied and not all weights."""
+
+    def all_equal(now, before):
+        return tf.reduce_all([tf.reduce_all(a == b) for a, b in zip(now, before, strict=True)])
+
+    return tf.function(all_equal, autograph=False, reduce_retracing=True)
