@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from ..corpus.dataset import count_tokens, make_store, sample_tokens
 from ..corpus.documents import check_documents
+from ..corpus.store import count_tokens, make_store, sample_tokens
 from ..corpus.tokenizer import Tokenizer
 from ..models.ngram import kneser_ney_from_ids
 from .bits import ngram_nats

@@ -298,7 +298,7 @@ def test_a_class_that_overrides_its_call_is_read_through_itself(tokenizer, tmp_p
     model = kind(ours.input, ours.output)
     assert model_weights(ours) is not None
     assert model_weights(model) is None
-    with pytest.raises(ValueError, match="Shifted overrides its call, which would be lost. Make what it does a layer"):
+    with pytest.raises(ValueError, match="Shifted overrides .*, which would be lost"):
         save(tmp_path, model, tokenizer)
     plain = type("Plain", (keras.Model,), {"train_step": lambda self, data: {}})(ours.input, ours.output)
     assert model_weights(plain) is not None
