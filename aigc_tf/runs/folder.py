@@ -256,14 +256,14 @@ def read_run(path) -> dict:
     try:
         run = parse_json(file.read_text("utf-8"))
         _check_run(run)
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} cannot be read by this version: {error}.") from None
     return run
 
 
 def _check_run(run) -> None:
     """Refuse a `run.json` of another format, or with settings that are not a dict or hold no documents out."""
-    if any(run.get(key) != value for key, value in _FORMAT.items()):
+    if not isinstance(run, dict) or any(run.get(key) != value for key, value in _FORMAT.items()):
         raise ValueError(f"it must say {_FORMAT}")
     hashes = run.get("sha256")
     if not isinstance(hashes, dict) or set(hashes) != {_MODEL, _TOKENIZER}:

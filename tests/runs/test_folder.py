@@ -266,11 +266,14 @@ def test_what_is_not_a_run_is_refused(trained, tokenizer, tmp_path, load):
     (tmp_path / "model.keras").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no model\.keras"):
         load(tmp_path)
-    (tmp_path / "run.json").write_text("{", "utf-8")
-    with pytest.raises(ValueError, match="cannot be read by this version"):
-        load(tmp_path)
-    with pytest.raises(ValueError, match="cannot be read by this version"):
-        read_run(tmp_path)
+    for content, reason in (
+        ("{", "Expecting property name"),
+        ("[1]", "it must say"),
+        ('{"version": 1}', "it must say"),
+    ):
+        (tmp_path / "run.json").write_text(content, "utf-8")
+        for read in (load, read_run):
+            assert f"run.json cannot be read by this version: {reason}" in message_of(ValueError, read, tmp_path)
 
 
 @pytest.mark.parametrize("load", [load, load_writer])
