@@ -1,4 +1,4 @@
-"""Cores: how many cores of the processor this process may use, and the control groups that limit it."""
+"""Cores: how many processor cores this process may use, and the control groups that limit it."""
 
 import contextlib
 import math
@@ -10,29 +10,29 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Count the processor cores that this process may use: of its affinity, and of what its container allows."""
+    """Count the processor cores that this process may use, by its affinity and the limits of its container."""
     try:
         cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # no such thing on this system
+    except AttributeError:  # not on this system
         cores = os.cpu_count() or 1
     return max(1, math.ceil(min(cores, _container_cores())))
 
 
 def control_groups(controller: str) -> set[Path]:
-    """Find the folders of this process's control groups and of all those around them, whose limits count too.
+    """Return the folders of this process's control groups and of their parents, whose limits also apply.
 
     Args:
-        controller: what is limited, such as "cpu"; in version 1 each has its own groups.
+        controller: the limited resource, such as "cpu"; in version 1 of control groups each has its own.
 
     Returns:
-        The folders of version 2 and of version 1; there need not be any.
+        The folders of version 2 and of version 1; they need not exist.
     """
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:  # not Linux
         lines = []
     bases = {"": _CGROUP, controller: _CGROUP / controller}
-    folders = set(bases.values())  # in a container, where the paths may be those outside of it, its own group
+    folders = set(bases.values())  # in a container, where the listed paths may be those of the host, its own group
     for line in lines:
         _, controllers, path = line.split(":", 2)
         for base in (bases[name] for name in controllers.split(",") if name in bases):
@@ -42,7 +42,7 @@ def control_groups(controller: str) -> set[Path]:
 
 
 def _container_cores() -> float:
-    """Read how many cores the control groups of this process allow, infinity without a limit."""
+    """Return how many cores the control groups of this process allow, infinity without a limit."""
     limits = [math.inf]
     for folder in control_groups("cpu"):
         # The names of version 2 and of version 1.

@@ -1,4 +1,4 @@
-"""Hardware: what this machine tells of its memory and its power."""
+"""Hardware: the memory and the power consumption that this machine reports."""
 
 import ctypes
 import shutil
@@ -13,20 +13,20 @@ _POWERCAP = Path("/sys/class/powercap")
 
 
 def available_bytes() -> float | None:
-    """Find how much memory a training could still take: of a GPU if one is in use, else of the machine.
+    """Return how much memory a training can use: of the GPU if one is in use, else of the machine.
 
-    None where the system does not tell: it is told of Linux and Windows.
+    None if unknown: only Linux and Windows report it.
     """
     from .backend import gpu_bytes_in_use, uses_gpu
 
     if uses_gpu() and (sizes := _nvidia_smi("memory.total")):
-        # Not what the tool calls free: TensorFlow and JAX take nearly all of it when they start, and share it out.
+        # Not the free memory: TensorFlow and JAX reserve nearly all of it at the start.
         return min(sizes) * 2**20 - gpu_bytes_in_use()
     return machine_bytes()
 
 
 def machine_bytes() -> float | None:
-    """Find how much memory of this machine is free, or of the container that this process is in; None if not told."""
+    """Return the free memory of this machine, or of the container of this process; None if unknown."""
     if sys.platform == "win32":
         return _windows_bytes()
     kilobytes = _kilobytes(_PROC / "meminfo", "MemAvailable")
@@ -34,7 +34,7 @@ def machine_bytes() -> float | None:
 
 
 def process_bytes() -> float | None:
-    """Read how much memory this process holds now, on macOS how much it held at most; None where neither is told."""
+    """Return the memory that this process holds, on macOS its maximum so far; None if unknown."""
     if sys.platform == "darwin":
         import resource
 
@@ -58,9 +58,9 @@ def _windows_bytes() -> float | None:
 
 
 def processor_joules(folder: Path = _POWERCAP) -> float | None:
-    """Read the energy counters of the processors (Linux RAPL), None where there are none or they may not be read."""
+    """Read the energy counters of the processors (Linux RAPL); None if there are none or they may not be read."""
     try:
-        # intel-rapl:0 is a whole processor, intel-rapl:0:0 a part of it.
+        # intel-rapl:0 is a processor, intel-rapl:0:0 a part of it.
         counters = [p / "energy_uj" for p in folder.glob("intel-rapl:*") if p.name.count(":") == 1]
         return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
     except (OSError, ValueError):
@@ -68,7 +68,7 @@ def processor_joules(folder: Path = _POWERCAP) -> float | None:
 
 
 def gpu_watts() -> float | None:
-    """Read the power that all GPUs of this machine draw now, None if none is in use or the driver does not tell."""
+    """Return the power that all GPUs of this machine draw now; None if none is in use or it is unknown."""
     from .backend import uses_gpu
 
     readings = _nvidia_smi("power.draw") if uses_gpu() else []
@@ -76,7 +76,7 @@ def gpu_watts() -> float | None:
 
 
 def _container_bytes() -> float:
-    """Read what the control groups of this process leave it, infinity without a limit."""
+    """Return how much memory the control groups of this process still allow, infinity without a limit."""
     # The names of version 2 and of version 1.
     names = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
     return min(_group_bytes(folder, *pair) for folder in control_groups("memory") for pair in names)
@@ -88,13 +88,13 @@ def _group_bytes(folder: Path, limit_name: str, used_name: str) -> float:
         stat = (folder / "memory.stat").read_text()
     except (OSError, ValueError):  # no such group, or "max": no limit
         return float("inf")
-    # Files that were read count as used, and make room when it is needed.
+    # Cached files count as used, but are dropped when memory is needed.
     cached = next((int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file ")), 0)
     return limit - used + cached
 
 
 def _nvidia_smi(field: str) -> list[float]:
-    """Ask NVIDIA's tool for one figure of each GPU; empty where it is missing or does not know."""
+    """Query a field of nvidia-smi for each GPU; empty if the tool is missing or does not know it."""
     if shutil.which("nvidia-smi") is None:
         return []
     done = subprocess.run(

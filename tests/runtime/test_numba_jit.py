@@ -47,7 +47,7 @@ def two(tmp_path):
 
 def test_code_on_disk_is_renewed_when_what_was_inlined_changes(two, tmp_path):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    told = "aigc_tf: compiling for this machine, once: up to half a minute of one core\n"
+    told = "aigc_tf: compiling for this machine, once: up to half a minute on one core\n"
     assert two(1, **cache) == ("2", told)
     assert two(1, **cache) == ("2", "")  # it was kept
     assert two(7, **cache) == ("8", told)

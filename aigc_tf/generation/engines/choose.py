@@ -1,7 +1,7 @@
 """Choose: which engine writes, by the model, the device and the settings."""
 
 from ...models.weights import LstmWeights, TransformerWeights
-from ...runtime.numba_tools import numba_is_usable, numba_problem
+from ...runtime.numba_availability import numba_is_usable, numba_problem
 from ..settings import Settings
 from .engine import model_weights
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from ...models.weights import LstmWeights, TransformerWeights
 from ...runtime.cores import usable_cores
+from ...runtime.numba_availability import numba_lock, numba_problem
 from ...runtime.numba_jit import numba_jit
-from ...runtime.numba_tools import numba_problem, one_at_a_time
 from .int16 import as_float32, dot, exp, linear, pack, padded_width, round_vector
 from .numba_sampling import NOT_FINITE_ID, sample_compiled
 
@@ -71,7 +71,7 @@ def _run(num_threads: int, function, *args):
     if num_threads != before:
         numba.set_num_threads(num_threads)
     try:
-        with one_at_a_time:
+        with numba_lock:
             return function(*args)
     finally:
         if num_threads != before:

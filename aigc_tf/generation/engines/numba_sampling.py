@@ -5,8 +5,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from ...runtime.numba_availability import numba_lock
 from ...runtime.numba_jit import numba_jit
-from ...runtime.numba_tools import one_at_a_time
 from .int16 import exp
 
 NOT_FINITE_ID = -2  # instead of a token, where logits are not finite
@@ -51,7 +51,7 @@ def sample(logits: np.ndarray, uniforms: np.ndarray, pending: np.ndarray, args: 
     Returns:
         Token ids, `int64 (R,)`; `NOT_FINITE_ID` for a row with NaN or infinity.
     """
-    with one_at_a_time:
+    with numba_lock:
         return sample_compiled(logits, uniforms, pending, args)
 
 

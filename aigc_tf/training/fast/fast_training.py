@@ -17,7 +17,7 @@ from ...runtime.keras_internals import (
     is_keras_own,
     source_of,
 )
-from ...runtime.numba_tools import numba_problem
+from ...runtime.numba_availability import numba_problem
 
 # 2 or 3 minutes of a CPU, in which it makes up for the time that it takes to compile.
 _OPERATIONS_WORTH_FUSING = 3e13

@@ -10,7 +10,7 @@ from aigc_tf import generate, kneser_ney, stream
 from aigc_tf.generation.engines import choose
 from aigc_tf.generation.engines.weight_cache import model_weights
 from aigc_tf.generation.settings import check_sampling
-from aigc_tf.runtime import numba_tools
+from aigc_tf.runtime import numba_availability
 
 PLAIN = check_sampling()
 BANNED = check_sampling(banned=["黄河"])
@@ -37,7 +37,7 @@ def test_the_engine_is_chosen_by_model_device_and_settings(model, tokenizer, doc
     assert chosen(model, BANNED) == chosen(model, num_beams=2) == "numba"
     assert chosen(table_model(tokenizer, {})) == "model"
     monkeypatch.setattr(choose, "_has_accelerator", lambda: False)
-    monkeypatch.setattr(numba_tools, "_forked", True)
+    monkeypatch.setattr(numba_availability, "_forked", True)
     assert chosen(model) == chosen(weights) == "numpy"
 
 
@@ -63,7 +63,7 @@ def test_an_engine_that_cannot_be_used_is_refused(model, tokenizer, monkeypatch)
         model, "device", banned=["黄河"], forced=["明月"]
     )
     assert "num_beams" in message_of(ValueError, generate, model, tokenizer, "白", engine="device", num_beams=2)
-    monkeypatch.setattr(numba_tools, "_forked", True)
+    monkeypatch.setattr(numba_availability, "_forked", True)
     assert "was forked" in refused(model, "numba")
 
 
@@ -72,9 +72,9 @@ def without_numba(monkeypatch):
     """Numba, importable again afterwards, under the import of which something goes wrong."""
     for name in [name for name in sys.modules if name.split(".")[0] == "numba"]:
         monkeypatch.delitem(sys.modules, name)
-    numba_tools._problem_of_import.cache_clear()
+    numba_availability._problem_of_import.cache_clear()
     yield monkeypatch
-    numba_tools._problem_of_import.cache_clear()
+    numba_availability._problem_of_import.cache_clear()
 
 
 def test_a_numba_that_cannot_be_imported_is_said_once_and_done_without(model, tokenizer, without_numba, tmp_path):
@@ -91,13 +91,13 @@ def test_a_numba_that_is_switched_off_is_said_once_and_done_without(model, token
     import numba
 
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    numba_tools._problem_of_import.cache_clear()
+    numba_availability._problem_of_import.cache_clear()
     try:
         with pytest.warns(UserWarning, match="NUMBA_DISABLE_JIT"):
             assert choose.choose_engine(model, "auto", PLAIN)[0] == "numpy"
         assert choose.choose_engine(model, "auto", PLAIN)[0] == "numpy"
     finally:
-        numba_tools._problem_of_import.cache_clear()
+        numba_availability._problem_of_import.cache_clear()
 
 
 def in_a_child(function) -> str:
@@ -159,9 +159,9 @@ def test_a_pool_of_forked_workers_writes(tokenizer):
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_fork_while_compiled_code_runs_does_not_hang(tokenizer):
     weights = model_weights(aigc_tf.lstm(tokenizer.vocab_size, 8, hidden_dim=16))
-    with numba_tools.one_at_a_time:
+    with numba_availability.numba_lock:
         assert (
             in_a_child(lambda: len(generate(weights, tokenizer, "白", max_new_tokens=3, temperature=0)) > 0) == "True"
         )
-        assert in_a_child(numba_tools.numba_is_usable) == "False"
-    assert numba_tools.numba_is_usable()
+        assert in_a_child(numba_availability.numba_is_usable) == "False"
+    assert numba_availability.numba_is_usable()
