@@ -81,7 +81,7 @@ def test_a_numba_that_cannot_be_imported_is_said_once_and_done_without(model, to
     (tmp_path / "numba.py").write_text('raise ImportError("Numba needs NumPy 2.3 or less.\\nGot 2.9")')
     without_numba.syspath_prepend(tmp_path)
     settings = {"max_new_tokens": 6, "seed": 0}
-    with pytest.warns(UserWarning, match=r"slower: .*Numba needs NumPy 2\.3 or less\. Got 2\.9"):
+    with pytest.warns(UserWarning, match=r"more slowly: .*Numba needs NumPy 2\.3 or less\. Got 2\.9"):
         text = generate(model, tokenizer, "白", **settings)
     assert text == generate(model, tokenizer, "白", engine="numpy", **settings)  # and no other warning
     assert "Numba needs NumPy" in message_of(ValueError, generate, model, tokenizer, "白", engine="numba")
