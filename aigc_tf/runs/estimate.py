@@ -1,25 +1,18 @@
 """Estimate: estimate(), what a training costs: memory, hours, electricity; memory_warning(), whether it fits."""
 
 import math
-import statistics
-import time
 
-import numpy as np
-
-from ..corpus.dataset import batches_of
-from ..evaluation.bits import FINAL_TOKENS, VALIDATION_TOKENS, batch_rows, make_scorer
+from ..evaluation.bits import FINAL_TOKENS, VALIDATION_TOKENS
 from ..models.networks import build
 from ..models.sizes import check_at_least_1, dimensions
-from ..runtime.backend import keras
-from ..runtime.distribution import known_precision, predict
-from ..runtime.hardware import available_bytes, gpu_watts, process_bytes, processor_joules
-from ..training.fast.fast_training import fast_training
-from ..training.train import check_candidates, compile_model, feed, phases, steps_at_once, usual_candidates
+from ..runtime.distribution import known_precision
+from ..runtime.hardware import available_bytes, process_bytes
+from ..training.train import check_candidates, usual_candidates
+from .measurement import seconds_and_watts_of_steps, seconds_per_evaluated_token
 
 # The memory that `initialise` and `baselines` take per token counted, measured with 21 MB of text, and how many tokens
 # they count at most.
 _COUNTING_BYTES, _COUNTED_TOKENS = 118, 10_000_000
-_WARMUP_BLOCKS = 3  # of steps: the first compiles, the next two still warm up
 # What TensorFlow takes in addition to the arrays of a training step, on a CPU, measured with models of 1 to 4 layers:
 # once, and per layer.
 _GRAPH_BYTES = {"transformer": (80e6, 50e6), "lstm": (200e6, 23e6)}
@@ -136,9 +129,13 @@ def estimate(
         built = build(model, vocab_size, context, size, **replaced, dropout=dropout, precision=precision)
         if num_candidates is None:
             num_candidates = usual_candidates(built, batch_size * context, vocab_size)
-        step_seconds, read_watts = _measure(built, vocab_size, context, batch_size, steps, num_candidates, seconds)
+        step_seconds, read_watts = seconds_and_watts_of_steps(
+            built, vocab_size, context, batch_size, steps, num_candidates, seconds
+        )
         evaluated = validations * min(valid_tokens, VALIDATION_TOKENS) + min(valid_tokens, FINAL_TOKENS)
-        validation_seconds = evaluated * _seconds_per_token(built, vocab_size, context, seconds) if evaluated else 0.0
+        validation_seconds = 0.0
+        if evaluated:
+            validation_seconds = evaluated * seconds_per_evaluated_token(built, vocab_size, context, seconds)
         del built
         figures["num_candidates"] = num_candidates
         figures["step_seconds"] = step_seconds
@@ -236,66 +233,3 @@ def _logit_bytes(bytes_per_float: int) -> int:
 def _fits(figures: dict[str, float]) -> bool:
     available = figures.get("available_memory_bytes", math.inf)
     return figures["peak_memory_bytes"] - figures["runtime_bytes"] <= available
-
-
-def _measure(
-    model, vocab_size: int, context: int, batch_size: int, steps: int, num_candidates: int, seconds: float
-) -> tuple[float, float | None]:
-    """Run training steps on random ids, and return the seconds per step and the power read meanwhile."""
-    ids = np.random.default_rng(0).integers(0, vocab_size, (batch_size, context + 1), dtype=np.int32)
-    data = batches_of(lambda places: ids, batch_size, context)
-    compile_model(model, steps=1_000_000)
-    parts = phases(model, 1000, num_candidates, np.ones(vocab_size))
-    step_seconds, watts, end_before, steps_in_block = 0.0, None, 0, steps_at_once()
-    for phase in parts:
-        timer = _Timer(seconds / len(parts), steps_in_block)
-        with fast_training(phase.model, steps * batch_size * context) as (trained, _):
-            batches = feed(phase.prepare(data, 0))
-            trained.steps_per_execution = steps_in_block
-            trained.fit(batches, steps_per_epoch=1_000_000, callbacks=[timer], shuffle=False, verbose=0)
-        step_seconds += statistics.median(timer.step_seconds) * (phase.end - end_before) / 1000
-        watts = timer.watts if timer.watts is not None else watts
-        end_before = phase.end
-    return step_seconds, watts
-
-
-def _seconds_per_token(model, vocab_size: int, context: int, seconds: float) -> float:
-    """Evaluate random ids as a validation does, in full windows, and return the seconds per token."""
-    scoring = make_scorer(model)
-    text = np.random.default_rng(0).integers(0, vocab_size, 64 * context, dtype=np.int32).reshape(64, context)
-    rows = text[: batch_rows(context, vocab_size)]
-    predict(scoring, [rows, rows])  # the first compiles
-    began, done = time.perf_counter(), 0
-    while not done or time.perf_counter() - began < seconds / 10:
-        predict(scoring, [rows, rows])
-        done += rows.size
-    return (time.perf_counter() - began) / done
-
-
-class _Timer(keras.callbacks.Callback):
-    """Time the steps after the first few, and stop the training when the time is over."""
-
-    def __init__(self, seconds: float, steps_in_block: int):
-        super().__init__()
-        self.seconds, self.steps_in_block = seconds, steps_in_block
-        self.step_seconds, self.num_blocks, self.watts = [], 0, None
-
-    def on_train_batch_end(self, batch, logs=None):
-        float(logs["loss"])  # waits for the device: JAX returns before it has computed anything
-        now = time.perf_counter()
-        self.num_blocks += 1
-        if self.num_blocks == _WARMUP_BLOCKS:
-            self.began, self.joules = now, processor_joules()
-        elif self.num_blocks > _WARMUP_BLOCKS:
-            self.step_seconds.append((now - self.last) / self.steps_in_block)
-            if now - self.began >= self.seconds:
-                self._read_power(now - self.began)
-                self.model.stop_training = True
-        self.last = now
-
-    def _read_power(self, seconds: float) -> None:
-        joules = processor_joules()
-        if joules is not None and self.joules is not None and joules > self.joules:
-            self.watts = (joules - self.joules) / seconds
-        if (reading := gpu_watts()) is not None:
-            self.watts = (self.watts or 0.0) + reading

@@ -1,6 +1,4 @@
 import random
-import time
-import types
 
 import pytest
 from conftest import message_of
@@ -8,6 +6,7 @@ from conftest import message_of
 from aigc_tf import estimate, memory_warning
 from aigc_tf.models.networks import build
 from aigc_tf.runs import estimate as estimate_module
+from aigc_tf.runs import measurement
 
 RUN = {"vocab_size": 500, "context": 12, "batch_size": 4, "steps": 100}
 
@@ -81,22 +80,6 @@ def test_hours_count_validations_and_memory_what_is_counted():
     assert peaks[0] < peaks[1] == pytest.approx(peaks[2], rel=0.1)
 
 
-def test_a_step_is_timed_until_the_device_has_done_it():
-    class Loss:
-        """A loss that the device is still computing, as JAX gives it."""
-
-        def __float__(self):
-            time.sleep(0.01)
-            return 1.0
-
-    timer = estimate_module._Timer(seconds=0.05, steps_in_block=2)
-    timer.set_model(types.SimpleNamespace(stop_training=False))
-    while not timer.model.stop_training:
-        timer.on_train_batch_begin(0)
-        timer.on_train_batch_end(0, {"loss": Loss()})
-    assert min(timer.step_seconds) >= 0.005
-
-
 def test_a_measurement_changes_nothing_for_what_comes_after():
     from aigc_tf.runtime.backend import keras
 
@@ -107,8 +90,8 @@ def test_a_measurement_changes_nothing_for_what_comes_after():
 
 
 def test_without_power_there_is_no_energy(monkeypatch):
-    monkeypatch.setattr(estimate_module, "processor_joules", lambda: None)
-    monkeypatch.setattr(estimate_module, "gpu_watts", lambda: None)
+    monkeypatch.setattr(measurement, "processor_joules", lambda: None)
+    monkeypatch.setattr(measurement, "gpu_watts", lambda: None)
     figures = estimate(**RUN, num_layers=1, num_heads=1, hidden_dim=8, seconds=0.1)
     assert "hours" in figures
     assert not {"watts", "kilowatt_hours"} & set(figures)
