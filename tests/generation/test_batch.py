@@ -7,7 +7,7 @@ from aigc_tf.generation.writer import write_steps
 
 
 class Memory:
-    """A decoder that remembers what it reads: the logits after a row are the ids at its positions, then -1."""
+    """An engine that remembers what it reads: the logits after a row are the ids at its positions, then -1."""
 
     def __init__(self, num_rows, num_positions=None):
         self.num_positions = num_positions
@@ -77,7 +77,7 @@ def test_a_text_that_has_ended_is_left_alone():
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 8])
 @pytest.mark.parametrize("lengths", [[1], [1, 5, 30], [8, 9, 7]])
-def test_beyond_the_context_the_newest_half_is_read_anew(limit, lengths):
+def test_beyond_the_context_the_newest_half_is_read_again(limit, lengths):
     """A text sees from `start` on, which moves to its newest half where more than the context stands after it."""
     memory = Memory(len(lengths), limit)
     prompts = [list(range(100 * row, 100 * row + length)) for row, length in enumerate(lengths)]
@@ -96,7 +96,7 @@ def test_beyond_the_context_the_newest_half_is_read_anew(limit, lengths):
     assert memory.num_read <= (25 + max(1, limit)) * 2 * len(lengths)
 
 
-def test_rows_go_on_from_others():
+def test_rows_continue_the_texts_of_others():
     memory = Memory(4, 4)
     # The second prompt is beyond the context, so that copied rows start at another column.
     texts = Batch(memory.make_engine(), [[5], [1, 2, 3, 4, 5, 6], [7], [8]])
@@ -131,7 +131,7 @@ def test_ids_grow_with_the_text():
     assert texts.so_far(np.arange(2))[1].tolist() == [-1, 7, *range(1000, 1500)]
 
 
-def test_what_was_written_before_is_no_prompt():
+def test_tokens_written_before_do_not_belong_to_the_prompt():
     texts = Batch(Memory(2).make_engine(), [[5, 6, 7], [8, 9]], [1, 0])
     assert [written(texts, row) for row in range(2)] == [[7], []]
     texts.write(np.arange(2), np.array([11, 12]))
@@ -140,7 +140,7 @@ def test_what_was_written_before_is_no_prompt():
     assert [written(texts, row) for row in range(2)] == [[12], [7, 11]]
 
 
-def test_numbers_are_those_of_each_seed_however_they_are_asked_for():
+def test_random_numbers_depend_on_the_seed_alone():
     rng = RandomNumbers([3, (3, 1)])
     expected = [np.random.default_rng(seed).random(1000) for seed in (3, (3, 1))]
     np.testing.assert_array_equal(rng.take(np.arange(2), 0, 5), [row[:5] for row in expected])
@@ -152,7 +152,7 @@ def test_numbers_are_those_of_each_seed_however_they_are_asked_for():
 
 
 def compiled_texts(num_positions):
-    """A text of a decoder with a loop of its own, which writes 7, and the numbers of tokens that it was asked for."""
+    """A text of an engine with a loop of its own, which writes 7, and the numbers of tokens that it was asked for."""
     asked = []
 
     def write(rows, positions, ids, pending, uniforms, args):

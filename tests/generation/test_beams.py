@@ -26,7 +26,7 @@ def only(text):
 @pytest.fixture(scope="module")
 def model(build):
     model = spread(build(V, T, dropout=0.0))
-    if build.architecture == "lstm":  # the state goes on: for the graph, as if the context were longer
+    if build.architecture == "lstm":  # its state has no limit: for the graph, as if the context were longer
         longer = build(V, 64, dropout=0.0)
         longer.set_weights(model.get_weights())
         model.longer = longer
@@ -105,7 +105,7 @@ def test_the_length_penalty_decides_between_short_and_long(model):
 
 
 def beams_by_hand(model, prompt, num_beams, max_new_tokens, length_penalty, bias):
-    """Search as it is told, with whole texts and the plain graph."""
+    """Beam search by its definition, with whole texts and the plain graph."""
     ids = [BOS, *TOKENIZER.encode(prompt)]
     beams, ended = [(0.0, ids, start_of(ids, 0))], []
     for length in range(1, max_new_tokens + 1):
@@ -134,7 +134,7 @@ def beams_by_hand(model, prompt, num_beams, max_new_tokens, length_penalty, bias
 
 
 @pytest.mark.parametrize("num_beams", [2, 4])
-@pytest.mark.parametrize("end", [-1.0, -6.0], ids=["some end", "all go on"])
+@pytest.mark.parametrize("end", [-1.0, -6.0], ids=["some end", "none end"])
 def test_beyond_the_context_it_is_the_search_by_hand(model, num_beams, end):
     settings = {"logit_bias": {**only("白日依山，"), EOS: end}}
     expected = [beams_by_hand(model, prompt, num_beams, 30, 0.7, bias_of(settings)) for prompt in PROMPTS]
@@ -158,7 +158,7 @@ def test_generate_takes_the_search(model):
     found, _ = search(model, PROMPTS, 3, 10, 2.0, "compiled", logit_bias=settings["logit_bias"])
     expected = [prompt + text for prompt, text in zip(PROMPTS, found, strict=True)]
     assert generate_batch(model, TOKENIZER, PROMPTS, num_beams=3, **settings) == expected
-    # It leaves no chance.
+    # It is deterministic.
     texts = [generate(model, TOKENIZER, "白", num_beams=3, seed=seed, **settings) for seed in (1, 2, None)]
     assert texts == [expected[1]] * 3
     likelier = generate_batch(model, TOKENIZER, PROMPTS, num_beams=3, **{**settings, "length_penalty": 0.0})
@@ -179,7 +179,7 @@ def test_it_stops_when_nothing_better_can_come():
     found, steps = search(model, [""], 2, 50)
     assert found == ["白日"]
     assert steps < 50
-    # Others go on while one has ended.
+    # Others continue after one has ended.
     model = table_model(TOKENIZER, {BOS: white, white: sun, sun: hill, hill: hill})
     assert search(model, ["依", "", "山"], 2, 9)[0] == ["", "白日" + "山" * 7, "山" * 9]
 
@@ -207,8 +207,8 @@ def test_what_is_banned_does_not_come():
     assert "白" not in generate(model, TOKENIZER, frequency_penalty=60.0, **settings)[1:]
 
 
-def test_beams_go_on_from_their_own_texts():
-    # What a beam wrote is what its bans are told by: each of these words is banned in one beam only.
+def test_beams_continue_their_own_texts():
+    # Bans depend on what a beam wrote: each of these words is banned in one beam only.
     white, sun = TOKENIZER.encode("白日")
     model = table_model(TOKENIZER, {BOS: [white, sun], white: [white, sun], sun: [white, sun]})
     words = ["".join(word) for word in itertools.product("白日", repeat=3)]
@@ -223,7 +223,7 @@ def test_beams_go_on_from_their_own_texts():
     "settings",
     [{"temperature": 0.8}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical_p": 0.5}, {"forced": ["白"]}],
 )
-def test_settings_that_a_search_cannot_heed_are_said(settings):
+def test_settings_that_a_search_does_not_support_are_refused(settings):
     message = message_of(ValueError, generate, table_model(TOKENIZER, {}), TOKENIZER, num_beams=2, **settings)
     assert f"num_beams > 1 does not support {next(iter(settings))}" in message
 

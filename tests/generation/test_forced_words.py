@@ -79,7 +79,7 @@ def test_in_room_as_large_as_needed_nothing_else_comes():
     assert write([], 3, [EOS], strength=99) == [EOS]
 
 
-def test_too_little_room_is_said():
+def test_too_little_room_is_refused():
     model = table_model(TOKENIZER, {})
     for words, needed in ((["白日"], 2), (["白日", "龘"], 5), (["🐉"], 4), (["白日", "白日"], 2)):
         for max_new_tokens in range(needed):
@@ -143,7 +143,7 @@ def test_a_word_within_another_needs_no_room_of_its_own():
 
 @pytest.mark.parametrize("before", ["", "日", "日山"])
 @pytest.mark.parametrize("character", ["é", "龘", "🐉"])
-def test_a_forced_word_never_stands_amidst_a_character(character, before):
+def test_a_forced_word_never_splits_a_character(character, before):
     # A writer of nothing but characters in bytes, which lie in full on either side of the words; after some pieces, as
     # words come at certain steps.
     ids, begin = [3 + byte for byte in character.encode()], [BOS, *TOKENIZER.encode(before)]
@@ -230,12 +230,12 @@ def test_words_that_would_make_a_banned_one_come_in_the_other_order():
 
 
 def holds(text, first, words):
-    """Tell whether a text holds a word that ends after a place."""
+    """Return whether a text holds a word that ends after a place."""
     return any(text.find(word, max(0, first - len(word) + 1)) >= 0 for word in words)
 
 
 def tokens_needed(words, prompt, banned, stop):
-    """Count the tokens of the shortest text of all words in any order, with "#" where two must be parted."""
+    """Count the tokens of the shortest text of all words in any order, with "#" where two must be separated."""
     counts = []
     for order in itertools.permutations(words):
         for parts in itertools.product(["", "#"], repeat=len(words)):
@@ -269,7 +269,7 @@ def test_no_forced_word_completes_a_banned_one_or_a_stop_string(words, banned, s
         assert all(word.encode() in data[: min(stops, default=None)] for word in words)
 
 
-def test_what_no_token_may_part_is_refused():
+def test_words_that_no_token_may_separate_are_refused():
     bias = {i: -np.inf for i in range(3, V) if TOKENIZER.token_bytes(i) != "日".encode()}
     message = message_of(ValueError, write, ["山"], 9, prompt="依日", banned=["日山"], bias=bias)
     assert message == (
@@ -297,7 +297,7 @@ def test_orders_are_tried_in_little_time(num_words):
     assert not any(word in text for word in banned)
 
 
-def test_a_word_that_arises_where_others_meet_comes_again_to_part_others():
+def test_a_word_completed_where_others_meet_comes_again_to_separate_others():
     allowed = ["白日", "日依", "日，", "依山", "依，", "山日", "，日"]
     banned = [a + b for a, b in itertools.product("白日依山，", repeat=2) if a + b not in allowed]
     words = ["白日", "依山", "日依", "，"]  # 日依 arises in 白日依山, after which only it and 日 may follow
@@ -309,7 +309,7 @@ def test_a_word_that_arises_where_others_meet_comes_again_to_part_others():
 
 
 @pytest.mark.parametrize("seed", range(24))
-def test_many_words_of_which_one_arises_where_two_meet(seed):
+def test_many_words_of_which_one_is_completed_where_two_meet(seed):
     random = Random(seed)
     first, second, third, fourth, *others = (chr(0x4E00 + i) for i in range(random.randint(14, 20)))
     words = [first + second, third + fourth, second + third, *others]
@@ -377,7 +377,7 @@ def test_many_words_come_though_a_draft_holds_some_of_them(extra, is_touchy):
         assert not any(word in tokenizer.decode(ids) for word in banned)
 
 
-def test_a_word_that_comes_at_once_has_the_probability_that_the_model_gives_it():
+def test_a_word_placed_first_has_the_probability_that_the_model_gives_it():
     hill, lean, sun, white = TOKENIZER.encode("山依日白")
     model = table_model(TOKENIZER, {BOS: [hill, lean, sun], sun: [white, lean], white: [hill, sun]})
     # What the model gives a probability may not come at once, and there is room for no draft of two tokens.
@@ -418,7 +418,7 @@ def test_a_banned_word_in_the_prompt_does_not_keep_the_words_out():
         assert "山" in TOKENIZER.decode(ids)
 
 
-def test_force_is_stronger_than_what_else_is_unwanted():
+def test_forced_words_override_other_settings():
     model = table_model(TOKENIZER, {})
     for settings in (
         {"logit_bias": {"白": float("-inf")}},
@@ -514,7 +514,7 @@ def test_the_log_probability_of_a_long_text_is_that_of_writing_it_from_the_promp
 
 
 @pytest.mark.parametrize("extra", [0, 1])
-def test_a_model_of_no_numbers_is_refused_in_any_room(extra):
+def test_logits_that_are_not_finite_are_refused_with_forced_words(extra):
     from aigc_tf.generation.sampler import NOT_FINITE
 
     model = table_model(TOKENIZER, {BOS: range(V)})

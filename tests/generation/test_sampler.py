@@ -15,7 +15,7 @@ from aigc_tf.generation.sampler import Sampler
 from aigc_tf.generation.settings import check_sampling
 from aigc_tf.runtime.backend import keras
 
-# Characters, a word, and pieces that begin or end amidst one.
+# Characters, a word, and pieces that begin or end inside one.
 TOKENIZER = Tokenizer(["白", "日", "依", "山", "，", "白日", "山白", "日依", "依白日山"])
 BOS, EOS, V = TOKENIZER.BOS, TOKENIZER.EOS, TOKENIZER.vocab_size
 STRAY = [3 + byte for byte in (*range(0x80, 0xC2), *range(0xF5, 0x100))]  # bytes that begin no character
@@ -31,7 +31,7 @@ def make(tokenizer=TOKENIZER, compiled=False, **settings):
 
 
 def texts_of(prompts, written=()):
-    """Batch that go on from prompts, to each of which the same ids have been written."""
+    """A batch of texts that continue prompts with the same ids."""
     texts = Batch(None, [[BOS, *prompt] for prompt in prompts])
     for i in written:
         texts.write(np.arange(len(prompts)), np.full(len(prompts), i))
@@ -53,7 +53,7 @@ def banned_pieces(logits):
     return {TOKENIZER.decode([i]) for i in np.flatnonzero(np.isneginf(logits)) if i > 258}
 
 
-def test_words_of_an_iterator_are_not_lost():
+def test_banned_words_may_come_from_an_iterator():
     assert "白日" in banned_pieces(adjusted([], banned=iter(["白日"])))
 
 
@@ -84,7 +84,7 @@ def test_an_n_gram_comes_once():
         assert banned_pieces(adjusted(prompt, no_repeat_ngram=5)) == set()
 
 
-def test_exempt_words_repeat_by_right():
+def test_exempt_words_may_repeat():
     text = TOKENIZER.encode("白，日，白")
     assert banned_pieces(adjusted(text, no_repeat_ngram=1)) == {"白", "日", "，"}
     assert banned_pieces(adjusted(text, no_repeat_ngram=1, exempt=["，", "没有"])) == {"白", "日"}
@@ -94,7 +94,7 @@ def test_exempt_words_repeat_by_right():
     assert banned_pieces(adjusted(text, no_repeat_ngram=1, exempt=["白日"])) == {"白", "日", "，"}
 
 
-def test_penalties_know_prompt_and_text_apart():
+def test_penalties_distinguish_prompt_and_text():
     prompt, written = TOKENIZER.encode("白日日"), TOKENIZER.encode("日，山山")
     logits = np.random.default_rng(0).normal(size=V).astype(np.float32)
     before = adjusted(prompt, written, logits)
@@ -123,7 +123,7 @@ def test_before_anything_is_written_only_the_prompt_counts():
 
 
 @pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
-def test_penalties_of_numpy_s_kinds_are_numbers_too(penalty):
+def test_penalties_may_be_numpy_scalars(penalty):
     text = TOKENIZER.encode("白日白")
     expected = adjusted(text, text, **{penalty: 1.5})
     for kind in (np.float32, np.float64):
@@ -183,7 +183,7 @@ def test_banned_letters():
     assert set(np.flatnonzero(np.isneginf(logits))) == {0, 1, *breaking_tokens(tokenizer, [3 + first]), 3 + second}
 
 
-def test_many_banned_words_are_soon_made_ready():
+def test_many_banned_words_are_prepared_quickly():
     tokenizer = Tokenizer([chr(0x4E00 + i) for i in range(5700)])
     words = [chr(0x4E00 + i % 5700) + chr(0x4E00 + (i * 37 + 11) % 5700) for i in range(10_000)]
     start = time.process_time()
@@ -201,7 +201,7 @@ def test_a_long_banned_word_takes_little_memory():
     assert peak < 2**22
 
 
-def test_a_character_is_not_begun_all_of_whose_endings_are_banned():
+def test_a_character_that_could_not_be_completed_is_not_begun():
     kana = [chr(i) for i in range(0x3040, 0x3100)]  # E3 81 80 to E3 83 BF
     before, first = TOKENIZER.encode("白"), 3 + 0xE3
     logits = adjusted([*before, first], banned=kana)
@@ -216,7 +216,7 @@ def test_a_character_is_not_begun_all_of_whose_endings_are_banned():
     assert np.isneginf(make(banned=[chr(i) for i in range(0x3000, 0x4000)]).bias[first])
 
 
-def test_nothing_left_is_the_end():
+def test_the_text_ends_where_no_token_is_left():
     for settings in ({"no_repeat_ngram": 1}, {"banned": ["白白"]}, {"no_repeat_ngram": 1, "repetition_penalty": 2}):
         logits = adjusted(TOKENIZER.encode("白"), logit_bias=only("白"), **settings)
         assert np.flatnonzero(logits > -np.inf).tolist() == [EOS]
@@ -238,8 +238,8 @@ def test_nothing_left_is_the_end():
     st.sampled_from([1.0, 0.7, 1.6]),
     st.sampled_from([(0.0, 0.0), (0.5, 0.25), (-1.0, 0.0)]),
 )
-def test_an_adjustment_is_what_its_words_say(prompts, written, banned, n, penalty, presence_and_frequency):
-    """Of several texts at once, against the plain definitions."""
+def test_processing_follows_the_plain_definitions(prompts, written, banned, n, penalty, presence_and_frequency):
+    """A batch of texts, against the plain definitions."""
     presence, frequency = presence_and_frequency
     settings = {
         "banned": banned,
@@ -282,7 +282,7 @@ def test_an_adjustment_is_what_its_words_say(prompts, written, banned, n, penalt
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_logits_given_stay_as_they_are(compiled):
+def test_the_given_logits_are_not_changed(compiled):
     logits = np.random.default_rng(0).normal(size=(2, V)).astype(np.float32)
     before = logits.copy()
     settings = {"banned": ["白日"], "no_repeat_ngram": 1, "repetition_penalty": 2, "presence_penalty": 1, "top_k": 5}
@@ -292,7 +292,7 @@ def test_the_logits_given_stay_as_they_are(compiled):
 
 
 @pytest.mark.parametrize("kind", ["numpy", "keras", "compiled"])
-def test_a_choice_applies_temperature_top_k_typical_top_p_min_p_and_draws(kind):
+def test_sampling_applies_temperature_top_k_typical_top_p_min_p_and_draws(kind):
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(200, 30), scale=2).astype(np.float32)
     uniforms = generator.random(200)
@@ -323,7 +323,7 @@ def test_a_choice_applies_temperature_top_k_typical_top_p_min_p_and_draws(kind):
 
 @pytest.mark.parametrize("kind", ["numpy", "keras", "compiled"])
 @pytest.mark.parametrize("used", [{}, {"top_k": 3}, {"typical_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.1}])
-def test_logits_that_a_temperature_lifts_beyond_float32_are_drawn_from(kind, used):
+def test_a_temperature_does_not_overflow_float32(kind, used):
     logits = np.array([[0, 0, -INF, 3e38, 0], [0, 3e38, -3e38, 0, 3e38]], np.float32)
     if kind == "keras":
         logits = keras.ops.convert_to_tensor(logits)
@@ -333,7 +333,7 @@ def test_logits_that_a_temperature_lifts_beyond_float32_are_drawn_from(kind, use
         assert keras.ops.convert_to_numpy(chosen).tolist() == expected
 
 
-def test_shares_of_1_and_0_choose_among_all():
+def test_neutral_settings_keep_all_tokens():
     logits = np.random.default_rng(0).normal(size=(500, 30)).astype(np.float32)
     uniforms = np.random.default_rng(1).random(500)
     for compiled in (False, True):
@@ -369,10 +369,10 @@ WORDS = Tokenizer.train(["我们今天学习。", "今天我们学习，我们�
         (TOKENIZER, "白日龘", ["日龘白"]),  # 龘 has no piece
         (WORDS, "我们今天学习", ["们今"]),
         (WORDS, "我们今天学习", ["今天"]),
-        (Tokenizer(["ab", "a", "aab"]), "aab", ["aba"]),  # it can begin anew amidst itself
+        (Tokenizer(["ab", "a", "aab"]), "aab", ["aba"]),  # it can begin again inside itself
     ],
 )
-def test_a_banned_word_is_never_written_however_it_is_spelt(tokenizer, text, banned):
+def test_a_banned_word_is_never_written_in_any_tokenisation(tokenizer, text, banned):
     model = spelling_model(text, tokenizer)
     settings = {"max_new_tokens": 16, "temperature": 1.0, "top_p": None, "seed": 0}
     prompts = ["", text[:1], text[:2], text[:3]]
@@ -404,7 +404,7 @@ def test_where_nothing_is_left_the_text_ends():
         assert generate(model, TOKENIZER, "白", no_repeat_ngram=1, **settings) == "白"
 
 
-def test_no_n_gram_comes_twice_but_exempt_ones():
+def test_only_exempt_n_grams_come_twice():
     def repeated(text, n):
         grams = [text[i : i + n] for i in range(len(text) - n + 1)]
         return {gram for gram in grams if grams.count(gram) > 1}

@@ -90,7 +90,7 @@ def test_what_was_written_is_drawn_where_the_writing_is_interrupted(drawn):
 
 
 @pytest.mark.parametrize(("shell", "expected"), [("ZMQInteractiveShell", True), ("TerminalInteractiveShell", False)])
-def test_a_notebook_is_told_by_its_shell(monkeypatch, shell, expected):
+def test_a_notebook_is_recognised_by_its_shell(monkeypatch, shell, expected):
     monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))  # which any script may import
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     assert not show_module.in_notebook()

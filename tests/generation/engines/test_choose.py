@@ -77,7 +77,7 @@ def without_numba(monkeypatch):
     numba_availability._problem_of_import.cache_clear()
 
 
-def test_a_numba_that_cannot_be_imported_is_said_once_and_done_without(model, tokenizer, without_numba, tmp_path):
+def test_numpy_replaces_a_numba_that_cannot_be_imported_with_one_warning(model, tokenizer, without_numba, tmp_path):
     (tmp_path / "numba.py").write_text('raise ImportError("Numba needs NumPy 2.3 or less.\\nGot 2.9")')
     without_numba.syspath_prepend(tmp_path)
     settings = {"max_new_tokens": 6, "seed": 0}
@@ -87,7 +87,7 @@ def test_a_numba_that_cannot_be_imported_is_said_once_and_done_without(model, to
     assert "Numba needs NumPy" in message_of(ValueError, generate, model, tokenizer, "白", engine="numba")
 
 
-def test_a_numba_that_is_switched_off_is_said_once_and_done_without(model, tokenizer, monkeypatch):
+def test_numpy_replaces_a_numba_that_is_switched_off_with_one_warning(model, tokenizer, monkeypatch):
     import numba
 
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)

@@ -79,7 +79,7 @@ def model(build, request):
 def test_logits_are_those_of_the_graph(model, engine):
     texts = np.random.default_rng(1).integers(0, V, (len(LENGTHS), T))
     expected = np.array(model.predict_on_batch(texts))
-    assert expected.std() > 0.5
+    assert expected.std() > 0.3
     read = make_reader(model, len(LENGTHS), engine)
     # Prompts of three lengths in one call, then a token per call, while rows end one by one.
     logits = read([texts[row, :length].tolist() for row, length in enumerate(LENGTHS)])

@@ -326,7 +326,7 @@ def test_the_cache_is_written_in_place(transformer, sampler, tokenizer, calls):
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_logits_that_are_not_finite_are_said(transformer, sampler, tokenizer):
+def test_logits_that_are_not_finite_are_refused(transformer, sampler, tokenizer):
     spoilt = dataclasses.replace(transformer, final_norm=np.full_like(transformer.final_norm, np.nan))
     for weights, settings in ((spoilt, {}), (spoilt, {"temperature": 1.0})):
         with pytest.raises(ValueError, match="not finite"):

@@ -45,7 +45,7 @@ def engines(model):
     yield make_engine(model, len(LENGTHS), "model").read, 1e-5
 
 
-def test_a_row_can_begin_anew_and_read_pieces_of_any_length(model, texts):
+def test_a_row_can_be_restarted_and_read_pieces_of_any_length(model, texts):
     expected = np.array(model.predict_on_batch(texts))
     for read, tolerance in engines(model):
         read(*tokens(texts[::-1], {0: (0, T), 1: (0, T), 2: (0, T)}))
@@ -85,7 +85,7 @@ def test_beyond_the_context(build, tokenizer, prompt):
     # In float32: where two tokens are as likely within the rounding of a weight to 16 bits, either may come.
     settings = {"max_new_tokens": 30, "temperature": 0, "engine": "numpy"}
     model = spread(build(tokenizer.vocab_size, T))
-    if build.architecture == "lstm":  # its state goes on: as if the context were longer
+    if build.architecture == "lstm":  # its state has no limit: as if the context were longer
         longer = build(tokenizer.vocab_size, 64)
         longer.set_weights(model.get_weights())
         expected = greedy(longer, tokenizer, prompt, 30, lambda ids: ids)
@@ -97,7 +97,7 @@ def test_beyond_the_context(build, tokenizer, prompt):
 
 
 @pytest.mark.parametrize("error", [NotImplementedError, TypeError])
-def test_a_layer_that_cannot_tell_its_configuration_is_no_obstacle(tokenizer, error):
+def test_a_layer_without_a_configuration_is_no_obstacle(tokenizer, error):
     class Doubled(keras.layers.Layer):
         def __init__(self, anything):
             super().__init__()
@@ -238,7 +238,7 @@ def test_a_setting_of_a_layer_that_changes_is_noticed(tokenizer, kind, name, val
     np.testing.assert_allclose(logits(), before, atol=1e-6)
 
 
-def test_layers_that_came_or_went_are_noticed(tokenizer):
+def test_added_and_removed_layers_are_noticed(tokenizer):
     from aigc_tf.generation.engines.weight_watch import LayerSnapshot
 
     ids = keras.Input((T,), dtype="int32")
@@ -249,7 +249,7 @@ def test_layers_that_came_or_went_are_noticed(tokenizer):
     assert not LayerSnapshot(two).is_current(one)
 
 
-def test_what_is_known_of_a_model_does_not_keep_it_alive(tokenizer):
+def test_the_cache_does_not_keep_a_model_alive(tokenizer):
     model = transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8)
     model_weights(model)
     known = len(weight_cache._cache)
@@ -258,7 +258,7 @@ def test_what_is_known_of_a_model_does_not_keep_it_alive(tokenizer):
     assert len(weight_cache._cache) < known
 
 
-def test_values_are_compared_where_they_are(build):
+def test_values_are_compared_on_their_device(build):
     from aigc_tf.generation.engines.weight_watch import VariableSnapshot
 
     model = build(V, T)

@@ -27,7 +27,7 @@ def test_a_product_is_that_of_floats_to_rounding(num_tokens, num_inputs, num_out
     np.testing.assert_array_less(np.abs(product(x, matrix, bias, True) - gelu), 1.2e-4 * sizes + 1e-5)
 
 
-def test_tokens_do_not_depend_on_those_beside_them():
+def test_tokens_do_not_depend_on_one_another():
     x, matrix = normal(9, 70), normal(70, 45)
     together = product(x, matrix)
     assert (together == np.concatenate([product(row[None], matrix) for row in x])).all()
@@ -50,7 +50,7 @@ def test_no_sum_leaves_32_bits(num_inputs, direction):
             np.testing.assert_allclose(product(x, by)[:, 0], expected[:, 0], rtol=1e-3)
 
 
-def test_zeros_and_what_is_no_number():
+def test_zeros_and_nan():
     x, matrix = normal(5, 8), normal(8, 6)
     x[0], matrix[:, 1] = 0, 0
     out = product(x, matrix)

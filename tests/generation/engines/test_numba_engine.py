@@ -60,7 +60,7 @@ def random_logits(kind, num_rows, vocab_size):
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 300])
 @pytest.mark.parametrize("kind", ["different", "ties", "minus infinity"])
-def test_a_choice_is_that_of_the_functions_one_after_the_other(kind, vocab_size):
+def test_compiled_sampling_is_that_of_the_processors(kind, vocab_size):
     num_rows = 60
     logits = random_logits(kind, num_rows, vocab_size)
     generator = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def test_a_choice_is_that_of_the_functions_one_after_the_other(kind, vocab_size)
     assert np.mean(all_possible) > 0.999
 
 
-def test_rows_are_chosen_from_each_by_itself():
+def test_rows_do_not_depend_on_one_another():
     logits = random_logits("ties", 64, 300)
     uniforms = np.random.default_rng(1).random(64)
     settings = {"temperature": 0.7, "top_k": 50, "typical_p": 0.9, "top_p": 0.8, "min_p": 0.02}
@@ -170,7 +170,7 @@ def test_the_top_k_may_lie_in_a_single_block_or_hardly_exist():
             assert len(kept) > 60 or set(ids.tolist()) == kept
 
 
-def test_bias_the_end_and_what_is_no_number():
+def test_bias_end_and_logits_that_are_not_finite():
     logits = np.zeros((7, 300), np.float32)
     logits[0, 7] = 9
     logits[1] = -np.inf
@@ -236,7 +236,7 @@ def test_logits_are_those_of_numpy_for_any_number_of_rows(name, num_rows):
         expected, logits = (reader.read(rows, positions, ids[rows, positions]) for reader in readers)
         assert logits.shape == (num_rows, 41)
         np.testing.assert_allclose(logits, expected, atol=3e-3 * expected.std())
-    # Each row goes on from another, of which two are the same.
+    # Each row continues another, two of them the same one.
     parents = np.minimum(np.arange(num_rows)[::-1], max(0, num_rows - 2))
     for reader in readers:
         reader.copy(parents)
@@ -255,14 +255,14 @@ def test_a_row_of_zeros_is_a_matrix_too():
 
 
 def test_models_of_any_depth_and_origin_run_the_same_compiled_code():
-    # Another layout in memory would be compiled anew, for seconds, and is read more slowly.
+    # Another memory layout would be compiled again, for seconds, and is slower to read.
     for model in [*(make() for make in WEIGHTS.values()), networks.lstm(41, 8), networks.transformer(41, 8)]:
         make_engine(model, 1, "numba").read(*np.zeros((3, 1), np.int64))
     assert len(numba_engine._read_transformer.signatures) == len(numba_engine._lstm_layer.signatures) == 1
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
-def test_written_on_is_read_and_chosen_step_by_step(num_rows):
+def test_the_compiled_loop_equals_reading_and_sampling_step_by_step(num_rows):
     weights = transformer_weights(2, context=12)
     shares = (np.float32(share) for share in (1, 0.9, 0))
     generator = np.random.default_rng(5)
@@ -372,7 +372,7 @@ def test_the_fastest_number_of_threads_is_taken(monkeypatch):
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one thread")
-def test_what_the_user_has_set_is_heeded_and_kept(monkeypatch):
+def test_the_user_s_number_of_threads_is_respected_and_restored(monkeypatch):
     seen, weights = [], lstm_weights([8, 16], [])
 
     def threads_within():
