@@ -43,7 +43,7 @@ def test_cleaning_twice_changes_nothing_in_any_order_of_rules():
 
 @often
 @given(nasty_text)
-def test_a_clean_text_has_one_kind_of_newline_and_no_blank_tails(text):
+def test_a_clean_text_has_one_kind_of_newline_and_no_trailing_blanks(text):
     lines = clean(text).split("\n")
     assert [line for line in lines if line.splitlines() not in ([line], [])] == []
     assert [line for line in lines if line != line.rstrip()] == []
@@ -53,7 +53,7 @@ def test_a_clean_text_has_one_kind_of_newline_and_no_blank_tails(text):
 
 @often
 @given(st.text(st.sampled_from(PUNCTUATION + "春风①㎡℃½ﬁ㈠々〇龘𠮷abcXYZ019.,!?\"'-")))
-def test_what_a_reader_sees_stays(text):
+def test_visible_characters_stay(text):
     assert clean(text) == text
 
 
@@ -75,17 +75,17 @@ def test_emoji_sequences_survive(emoji):
 
 
 @pytest.mark.parametrize("dirt", [*INVISIBLE, "\u200d", "\ufe0f", "\ufe00", "\U000e0101"])
-def test_invisible_characters_between_han_go(dirt):
+def test_invisible_characters_between_chinese_ones_are_removed(dirt):
     assert clean(f"{dirt}春{dirt}眠{dirt}") == "春眠"
 
 
-def test_joiners_go_where_there_is_no_emoji_on_both_sides():
+def test_joiners_without_an_emoji_on_both_sides_are_removed():
     assert clean("春\u200d眠") == "春眠"
     assert clean("\U0001f468\u200d春") == "\U0001f468春"
     assert clean("春\u200d\U0001f468") == "春\U0001f468"
 
 
-def test_joiners_between_digits_go():
+def test_joiners_between_digits_are_removed():
     assert clean("1\u200d3\u200d8") == "138"
 
 
@@ -100,7 +100,7 @@ def test_every_newline_becomes_one(newline):
     assert clean(f"春{newline}风") == "春\n风"
 
 
-def test_blank_tails_and_surplus_blank_lines_go_and_indentation_stays():
+def test_trailing_blanks_and_repeated_blank_lines_are_removed_and_indentation_stays():
     assert clean("\n \n　　春　\t\n\n \n　\n风 \n\n") == "　　春\n\n风"
 
 

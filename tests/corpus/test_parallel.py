@@ -39,12 +39,12 @@ def test_documents_are_read_as_they_are_needed(processes, most):
     results.close()
 
 
-def test_what_goes_wrong_in_a_worker_goes_wrong_here():
+def test_an_error_in_a_worker_is_raised_here():
     with pytest.raises(TypeError, match="unsupported operand"):
         list(map_chunks(sum, DOCUMENTS, 2))
 
 
-def test_what_goes_wrong_among_the_documents_goes_wrong_here():
+def test_an_error_of_the_documents_is_raised_here():
     def broken():
         yield "春"
         raise RuntimeError("the disk of the source")
@@ -103,7 +103,7 @@ def test_a_plain_script_may_use_several_processes(tmp_path):
     assert done.stderr == ""
 
 
-def test_a_tokenizer_travels_without_what_it_can_make_again():
+def test_a_tokenizer_is_pickled_without_its_cached_tables():
     trained = Tokenizer.train(DOCUMENTS)
     size = len(pickle.dumps(trained))
     trained.encode("春眠")
@@ -113,7 +113,7 @@ def test_a_tokenizer_travels_without_what_it_can_make_again():
     assert copy.fingerprint == trained.fingerprint
 
 
-def test_processes_are_started_where_they_are_worth_it(monkeypatch):
+def test_several_processes_are_the_default_only_for_much_text(monkeypatch):
     monkeypatch.setattr(segmentation, "usable_cores", lambda: 7)
     for is_rust, worth in ((False, 10_000_000), (True, 100_000_000)):
         monkeypatch.setattr(segmentation, "is_rust", lambda user_dict, is_rust=is_rust: is_rust)

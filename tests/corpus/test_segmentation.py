@@ -156,7 +156,7 @@ def test_a_user_dictionary_can_be_a_file(user_dict_file):
     assert segment(TEXT, user_dict=user_dict_file) == segment(TEXT, user_dict=list(USER_DICT))
 
 
-def test_a_text_is_no_user_dictionary(tmp_path):
+def test_a_text_is_not_taken_for_a_user_dictionary(tmp_path):
     (tmp_path / "text.txt").write_text("春眠不觉晓\n" + "处处闻啼鸟" * 100, "utf-8")
     for user_dict in (tmp_path / "text.txt", ["春眠不觉晓", "处处闻啼鸟" * 100]):
         message = message_of(ValueError, segment, TEXT, user_dict=user_dict)
@@ -170,7 +170,7 @@ def test_a_missing_user_dictionary_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("hmm", [False, True])
-def test_a_user_dictionary_stays_where_it_is_given(hmm):
+def test_a_user_dictionary_has_no_effect_on_other_calls(hmm):
     before = segment(TEXT, hmm=hmm)
     assert not {"自注意力", "诗云词霸"} & set(before)
     segment(TEXT, user_dict=USER_DICT, hmm=hmm)
@@ -185,7 +185,7 @@ def test_a_user_dictionary_does_not_reach_jieba_itself():
     assert "诗云词霸" not in jieba.dt.user_word_tag_tab
 
 
-def test_a_word_of_frequency_zero_stays_where_it_is_given():
+def test_a_word_of_frequency_zero_has_no_effect_on_other_calls():
     # jieba keeps such words in a set that all its tokenizers share.
     jieba = segmentation._import_jieba()
     segment("小明写诗", user_dict=OTHER_DICT, hmm=True)
@@ -328,5 +328,5 @@ def test_remove_stopwords_without_stopwords_changes_nothing():
 
 
 @pytest.mark.parametrize("documents", [[], [""]])
-def test_of_no_words_no_share_is_removed(documents):
+def test_without_words_the_share_removed_is_0(documents):
     assert remove_stopwords(documents) == ([], 0)

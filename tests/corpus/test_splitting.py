@@ -77,7 +77,7 @@ def test_however_few_documents_both_sides_have_some(valid_fraction):
             assert set(valid) <= set(split(documents, 0.3)[1])
 
 
-def test_one_novel_is_divided_at_line_ends():
+def test_a_novel_is_cut_at_line_ends():
     novel = "\n".join(f"第{i}段。{'春眠不觉晓，' * (i % 50)}" for i in range(2_000))
     train, valid = split([novel])
     pieces = splitting._pieces(novel)

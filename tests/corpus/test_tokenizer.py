@@ -70,7 +70,7 @@ def test_without_pieces_the_ids_are_the_bytes(text):
 
 @often
 @given(text=han_text)
-def test_ids_of_a_text_are_no_special_ones_and_in_the_vocabulary(tokenizer, text):
+def test_ids_of_a_text_are_in_the_vocabulary_and_not_special(tokenizer, text):
     assert all(3 <= i < tokenizer.vocab_size for i in tokenizer.encode(text))
 
 
@@ -199,7 +199,7 @@ def test_saved_and_loaded_is_equal(tmp_path, unit):
     assert "春" in (tmp_path / "tokenizer.json").read_text("utf-8")
 
 
-def test_the_fingerprint_tells_what_decides_an_encoding():
+def test_the_fingerprint_depends_on_all_that_determines_an_encoding():
     tokenizers = [
         Tokenizer(["春", "眠"]),
         Tokenizer(["眠", "春"]),
@@ -275,7 +275,7 @@ def test_every_character_of_a_kept_word_is_kept(documents, vocab_size):
 
 @often
 @given(small_corpora)
-def test_characters_are_ranked_by_frequency_wherever_they_stand(documents):
+def test_characters_are_ranked_by_frequency_wherever_they_occur(documents):
     counts = Counter("".join(documents))
     for unit in UNITS:
         characters = [piece for piece in Tokenizer.train(documents, unit).pieces if len(piece) == 1]
@@ -371,7 +371,7 @@ def test_a_user_dictionary_is_used_stored_and_restored(tmp_path):
 
 
 @pytest.mark.parametrize("state", [{"pieces": ["春", "\ud800"]}, {"unit": "word", "user_dict": ["春\udfff 3"]}])
-def test_a_file_of_half_characters_is_refused(tmp_path, state):
+def test_a_file_with_surrogates_is_refused(tmp_path, state):
     path = tmp_path / "tokenizer.json"
     Tokenizer(["春"]).save(path)
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **state}), "utf-8")

@@ -90,7 +90,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("engine", ["numpy", "numba", "model", "device"])
-def test_what_is_written_is_whole_utf8(model, engine):
+def test_generated_text_is_valid_utf8(model, engine):
     count = 15 if engine == "model" else 60
     for settings in SETTINGS if engine != "model" else SETTINGS[:2]:
         texts = generate_batch(
@@ -104,7 +104,7 @@ def test_what_is_written_is_whole_utf8(model, engine):
 
 
 @pytest.mark.parametrize("engine", ["numpy", "numba"])
-def test_with_words_and_beams_it_is_too(model, engine):
+def test_generated_text_with_words_and_beams_is_valid_utf8(model, engine):
     for settings in ({"banned": ["龘", "é", "白日"], **PLAIN}, {"forced": ["日白"], **PLAIN}, {"num_beams": 3}):
         for text in generate_batch(model, TOKENIZER, PROMPTS, max_new_tokens=30, seed=1, engine=engine, **settings):
             assert_well_formed(text.ids)
@@ -125,7 +125,7 @@ def come(logits):
     return set(np.flatnonzero(logits > -np.inf).tolist())
 
 
-def test_a_begun_character_is_gone_on_with():
+def test_an_incomplete_character_is_completed():
     for begun in (b"\xc3", b"\xe9", b"\xe9\xbe", b"\xe0", b"\xed", b"\xf0", b"\xf0\x9f\x90", b"\xf4", b"\xf4\x80"):
         for before in (b"", b"\x80", b"\xf0\x9f", "é".encode()):
             expected = {3 + byte for byte in range(256) if may_follow(begun, byte)}
@@ -136,7 +136,7 @@ def test_a_begun_character_is_gone_on_with():
     assert come(adjusted([*ids_of(b"\xe9"), 259])) == come(adjusted([]))
 
 
-def test_a_character_is_not_begun_that_cannot_be_ended():
+def test_a_character_that_cannot_be_completed_is_not_started():
     for last, banned in (
         (range(0x80, 0xC0), range(0xC2, 0xF5)),
         (range(0x90, 0xC0), [0xE0, 0xF0]),
@@ -152,7 +152,7 @@ def test_a_character_is_not_begun_that_cannot_be_ended():
 
 
 @pytest.mark.parametrize("engine", ["numpy", "numba"])
-def test_where_words_ban_every_end_of_a_character_another_is_written(engine):
+def test_a_character_whose_every_ending_is_banned_is_not_started(engine):
     family = [(b"\xe9\xbe" + bytes([byte])).decode() for byte in range(0x80, 0xC0)]
     only = dict.fromkeys(set(range(V)) - set(ids_of(b"\xe9\xbe")) - set(ids_of(bytes(range(0x80, 0xC0)))), -INF)
     only |= {3 + 0x80: -1.0, 3 + 0xBE: 50.0}

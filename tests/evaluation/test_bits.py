@@ -72,7 +72,7 @@ def test_windows_lose_nothing(documents, tokenizer):
         assert cut["nats_per_token"] == pytest.approx(whole["nats_per_token"], rel=1e-5)
 
 
-def test_documents_do_not_see_each_other(build, documents, tokenizer):
+def test_documents_are_independent(build, documents, tokenizer):
     model = build(tokenizer.vocab_size, 40)
     alone = [evaluate(model, tokenizer, [document]) for document in documents[:5]]
     together = evaluate(model, tokenizer, documents[:5])
@@ -113,7 +113,7 @@ def test_one_evaluation_after_the_other_logs_no_warning(build, documents, tokeni
     assert tensorflow_log.messages == []
 
 
-def test_what_cannot_be_measured_is_said(tokenizer):
+def test_invalid_arguments_are_refused(tokenizer):
     model = uniform_model(tokenizer.vocab_size, 4)
     with pytest.raises(ValueError, match="at least one document that is not empty, got none"):
         evaluate(model, tokenizer, [])

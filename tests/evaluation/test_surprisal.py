@@ -60,7 +60,7 @@ def test_the_bits_of_each_token_by_hand(model, tokenizer):
     np.testing.assert_allclose([bits for _, bits in surprisal(model, tokenizer, text)], by_hand, rtol=1e-4)
 
 
-def test_what_comes_later_changes_no_bits(model, tokenizer):
+def test_later_text_changes_no_bits(model, tokenizer):
     text = "白日依山尽，黄"
     before = surprisal(model, tokenizer, text)
     for t in range(len(text)):

@@ -73,7 +73,7 @@ class Balance(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize("draw", [surprisal_html, attention_html])
-def test_a_page_is_whole_and_needs_nothing_else(attentive, tokenizer, draw):
+def test_a_page_is_well_formed_and_self_contained(attentive, tokenizer, draw):
     text = "白<&\">'\x00\ud800日\n"
     drawn = draw(attentive, tokenizer, text)
     page = Balance()
@@ -105,7 +105,7 @@ def test_a_strip_has_a_span_for_each_word():
     assert [span.text for span in strip_of(drawn)] == ["我们", "的", "模型", "，", "写", "龘", "诗", "EOS"]
 
 
-def test_a_strip_tells_and_colours_the_bits(model, tokenizer):
+def test_a_strip_shows_and_colours_the_bits(model, tokenizer):
     text = "白日依山尽。"
     pieces = surprisal(model, tokenizer, text)
     drawn = surprisal_html(model, tokenizer, text)

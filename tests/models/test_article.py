@@ -137,7 +137,7 @@ def test_the_cell_computes_in_mixed_precision():
     assert layer.cell.W.dtype == "float32"
 
 
-def test_a_cell_has_units():
+def test_units_must_be_positive():
     assert message_of(ValueError, RNNCell, 0) == "units must be at least 1, got 0."
 
 
@@ -176,11 +176,11 @@ def test_a_seed_decides_the_weights_and_the_symbols():
     assert copy_accuracy(simple, 0, steps=2, seed=1) == copy_accuracy(simple, 0, steps=2, seed=1)
 
 
-def test_without_training_to_speak_of_a_layer_guesses():
+def test_with_hardly_any_training_a_layer_guesses():
     assert copy_accuracy(article(), 1, steps=1) < 0.4
 
 
-def test_what_cannot_be_measured_is_said():
+def test_invalid_settings_are_refused():
     assert "distance must be at least 0, got -1" in message_of(ValueError, copy_accuracy, article(), -1)
     assert "num_symbols must be at least 2, got 1" in message_of(ValueError, copy_accuracy, article(), 1, num_symbols=1)
     assert "steps must be at least 1, got 0" in message_of(ValueError, copy_accuracy, article(), 1, steps=0)
@@ -216,14 +216,14 @@ def test_the_rows_of_the_scores_sum_to_one_and_forbidden_keys_get_none():
         assert (scores[..., mask] > 0).all()
 
 
-def test_keys_out_of_sight_might_as_well_not_be_there():
+def test_masked_keys_have_no_effect():
     query, key, value = normal(4, 6), normal(5, 6, seed=1), normal(5, 3, seed=2)
     mask = np.array([True, True, False, True, False])
     seen = ops.convert_to_numpy(attention(query, key[mask], value[mask]))
     np.testing.assert_allclose(ops.convert_to_numpy(attention(query, key, value, mask)), seen, atol=1e-6)
 
 
-def test_who_may_look_at_nothing_gets_nothing():
+def test_a_query_without_keys_gets_zeros():
     query, mask = normal(3, 4), np.array([[True], [False], [True]])
     outputs = ops.convert_to_numpy(attention(query, query, query, mask))
     assert (outputs[1] == 0).all()
@@ -308,7 +308,7 @@ def test_the_example_is_the_printed_one():
         assert printed.replace("'", '"') in lines, printed  # `in` reads on: the order counts too
 
 
-def test_the_sentence_is_one_word_and_another_is_none(shown):
+def test_the_sentence_is_one_word_and_other_texts_have_none(shown):
     assert shown["word_index"] == {shown["text"].lower(): 1}
     np.testing.assert_array_equal(shown["padded_sequences"], [[1]])
     others = ["春眠不觉晓", "AI大模型", "这是一个示例文本", "生成 文本", ""]

@@ -27,7 +27,7 @@ def embeddings(model):
 
 
 @NAMES
-def test_tokens_with_like_neighbours_lie_close_together(name, monkeypatch):
+def test_tokens_with_similar_neighbours_lie_close_together(name, monkeypatch):
     monkeypatch.setattr("aigc_tf.models.initialisation._NOISE", 0.0)
     documents, kinds = corpus()
     tokenizer = aigc_tf.Tokenizer.train(documents)
@@ -89,7 +89,7 @@ def test_a_part_of_a_large_text_is_enough_however_it_is_divided(num_documents, m
     assert within > across + 0.3, (within, across)
 
 
-def test_few_bytes_a_token_are_taken(monkeypatch):
+def test_it_takes_few_bytes_per_token(monkeypatch):
     tokenizer = aigc_tf.Tokenizer.train(["春眠不觉晓"])
     ids = np.random.default_rng(0).integers(259, tokenizer.vocab_size, 4_000_000, np.uint16)
     monkeypatch.setattr("aigc_tf.models.initialisation._MAX_TOKENS", 1_000_000)
@@ -107,7 +107,7 @@ def test_a_vocabulary_smaller_than_the_embedding_is_wide():
     assert np.isfinite(embeddings(initialise(model, tokenizer, ["春"]))).all()
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_arguments_are_refused():
     documents, _ = corpus()
     tokenizer = aigc_tf.Tokenizer.train(documents)
     with pytest.raises(ValueError, match="at least one document, got none"):

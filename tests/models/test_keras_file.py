@@ -83,7 +83,7 @@ def test_a_compressed_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"", b"PK", "[" * 100_000, "[]", "1", "{}"], ids=["", "PK", "deep", "[]", "1", "{}"]
 )
-def test_what_is_no_model_file_is_said(content, tmp_path):
+def test_a_file_that_is_not_a_model_is_refused(content, tmp_path):
     path = tmp_path / "model.keras"
     if isinstance(content, bytes):
         path.write_bytes(content)

@@ -130,7 +130,7 @@ def test_a_seed_decides_the_weights(build):
     assert (weights(2**63 - 1) != weights(2**63 - 2)).any()  # the largest
 
 
-def test_building_leaves_python_s_own_generator_alone(build):
+def test_building_does_not_use_python_s_global_generator(build):
     before = random.getstate()
     build(V, T)
     assert random.getstate() == before
@@ -190,7 +190,7 @@ def test_dropout_works_in_training_only(build):
         ({"dropout": 1.0}, "dropout must lie from 0 to below 1, got 1.0"),
     ],
 )
-def test_wrong_settings_are_said(build, settings, message):
+def test_invalid_settings_are_refused(build, settings, message):
     with pytest.raises(ValueError, match=message):
         build(V, T, **settings)
 

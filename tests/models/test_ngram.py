@@ -34,7 +34,7 @@ def contexts_of(ids, order):
     return [ids[max(0, t - order + 1) : t] for t in range(1, len(ids))]
 
 
-def test_every_distribution_sums_to_1_and_leaves_nothing_out(model, parts, tokenizer):
+def test_every_distribution_sums_to_1_and_has_no_zeros(model, parts, tokenizer):
     seen = tokenizer.encode(parts[0][0])[:6]
     strange = tokenizer.encode("龘")
     begin = [BOS]
@@ -69,7 +69,7 @@ def test_nats_are_those_of_the_probabilities(model, parts, tokenizer):
     assert model.nats([BOS]).shape == model.nats([]).shape == (0,)
 
 
-def test_documents_in_one_row_do_not_see_each_other(model, parts, tokenizer):
+def test_concatenated_documents_are_independent(model, parts, tokenizer):
     rows = list(tokenizer.encode_documents(parts[1][:9]))
     nats, begins = model.nats(np.concatenate(rows)), np.concatenate(rows)[1:] == BOS
     np.testing.assert_allclose(nats[~begins], np.concatenate([model.nats(ids) for ids in rows]), rtol=1e-12)
@@ -100,7 +100,7 @@ def test_two_documents_by_hand():
     assert after_b[[a, EOS]] == pytest.approx([1.25 / 2 * of_a, 0.75 / 2 + 1.25 / 2 * of_end])
 
 
-def test_what_begins_a_document_counts_as_it_stands():
+def test_what_begins_a_document_keeps_its_count():
     tokenizer = Tokenizer.train(["春"])
     (a,) = tokenizer.encode("春")
     model = kneser_ney(["春"] * 4, tokenizer, order=3)
@@ -113,7 +113,7 @@ def test_what_begins_a_document_counts_as_it_stands():
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_slow_model_straight_from_the_definition_agrees(order, seed):
+def test_a_slow_implementation_of_the_definition_agrees(order, seed):
     sequences, vocab_size = random_sequences(seed=seed), 9
     discounts = [(0.3 + 0.1 * k, 0.7 + 0.2 * k, 0.9 + 0.3 * k) for k in range(order)]
     occurrences = Counter(
@@ -169,7 +169,7 @@ def test_nltk_gives_the_same(order):
     assert compared > 300
 
 
-def test_one_gram_is_the_frequencies_less_a_discount(documents, tokenizer):
+def test_the_unigram_model_is_the_frequencies_less_a_discount(documents, tokenizer):
     p = kneser_ney(documents, tokenizer, order=1).probabilities([])
     counts = Counter(i for ids in tokenizer.encode_documents(documents) for i in ids[1:].tolist())
     assert min(counts.values()) > 3  # each gives up 1.5, as no counts are small enough to estimate a discount from
@@ -185,7 +185,7 @@ def test_discounts_by_hand():
 
 
 @pytest.mark.parametrize("numbers", [[7, 0, 5, 3, 2, 4], [7, 10, 5, 3, 0, 4], [0] * 6, [0, 9, 2, 9, 9, 0]])
-def test_where_counts_are_few_or_odd_discounts_still_leave_every_token_something(numbers):
+def test_with_few_or_odd_counts_every_token_still_has_a_probability(numbers):
     discounts = _discounts(np.repeat([0, 1, 2, 3, 4, 9], numbers))
     assert all(0 < discount <= i for i, discount in enumerate(discounts, 1))
 
@@ -248,7 +248,7 @@ def test_it_writes_what_was_always_written(tokenizer):
     assert generate(model, tokenizer, "山", temperature=0) == "山尽，黄河入海流。"
 
 
-def test_what_cannot_be_is_said(parts, tokenizer):
+def test_invalid_arguments_are_refused(parts, tokenizer):
     assert "order must be at least 1, got 0" in message_of(ValueError, kneser_ney, parts[0], tokenizer, order=0)
     assert "at least one document" in message_of(ValueError, kneser_ney, [], tokenizer)
     model = kneser_ney(parts[0], tokenizer, order=3)

@@ -78,7 +78,7 @@ def test_write_json_is_readable_and_read_back_equal(tmp_path):
     assert json.loads(text) == content
 
 
-def test_write_json_keeps_the_old_file_when_the_content_is_no_json(tmp_path):
+def test_write_json_keeps_the_old_file_when_the_content_is_not_json(tmp_path):
     target = tmp_path / "a.json"
     write_json(target, {"n": 1})
     with pytest.raises(TypeError):
@@ -87,7 +87,7 @@ def test_write_json_keeps_the_old_file_when_the_content_is_no_json(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_read_text_takes_a_byte_order_mark_off(tmp_path):
+def test_read_text_removes_a_byte_order_mark(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "春".encode())
     assert read_text(tmp_path / "a.txt") == "春"
 
@@ -148,7 +148,7 @@ with temporary_path(Path(sys.argv[1], "model.keras")) as file, temporary_path(Pa
 """
 
 
-def test_what_others_write_is_deleted_when_they_are_killed_and_not_before(tmp_path):
+def test_unfinished_files_of_a_process_are_deleted_only_after_it_was_killed(tmp_path):
     (tmp_path / ".my-notes").touch()
     (tmp_path / ".0123456789ab-notes").touch()
     process = subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -166,7 +166,7 @@ def test_what_others_write_is_deleted_when_they_are_killed_and_not_before(tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {".my-notes", ".0123456789ab-notes", "a.json"}
 
 
-def test_what_another_thread_writes_stays(tmp_path):
+def test_unfinished_files_of_another_thread_stay(tmp_path):
     with atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("春", "utf-8")
         with ThreadPoolExecutor(1) as other:
@@ -175,7 +175,7 @@ def test_what_another_thread_writes_stays(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "b.json"}
 
 
-def test_leftovers_that_cannot_be_deleted_keep_nobody_from_writing(tmp_path, monkeypatch):
+def test_writing_works_despite_leftovers_that_cannot_be_deleted(tmp_path, monkeypatch):
     (tmp_path / ".0123456789ab-.lock").touch()
     (tmp_path / ".0123456789ab-.saving").mkdir()
 
@@ -192,7 +192,7 @@ def test_leftovers_that_cannot_be_deleted_keep_nobody_from_writing(tmp_path, mon
 
 @pytest.mark.skipif(os.name != "posix", reason="other locks")
 @pytest.mark.parametrize("why", ["another host", "no locks"])
-def test_leftovers_of_which_nobody_can_tell_stay_for_a_day(tmp_path, monkeypatch, why):
+def test_leftovers_of_unknown_processes_stay_for_a_day(tmp_path, monkeypatch, why):
     lock, left = tmp_path / ".0123456789ab-.lock", tmp_path / ".0123456789ab-step.npz"
     lock.write_text(f"process 1 on another-{socket.gethostname()}")
     left.touch()
@@ -249,7 +249,7 @@ def test_a_fork_does_not_delete_what_its_parent_writes(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_does_not_have_the_lock(tmp_path):
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
     code = (
         "import os, sys\n"
         "from aigc_tf.runtime.files import locked\n"
@@ -267,7 +267,7 @@ def test_a_fork_does_not_have_the_lock(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="folders are opened on POSIX only")
-def test_the_folder_is_on_the_disk_too(tmp_path, monkeypatch):
+def test_the_folder_is_synced_too(tmp_path, monkeypatch):
     synced = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)), fsync(fd)))

@@ -45,7 +45,7 @@ def two(tmp_path):
     return call
 
 
-def test_code_on_disk_is_renewed_when_what_was_inlined_changes(two, tmp_path):
+def test_cached_code_is_renewed_when_inlined_code_changes(two, tmp_path):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     told = "aigc_tf: compiling for this machine, once: up to half a minute on one core\n"
     assert two(1, **cache) == ("2", told)
@@ -53,7 +53,7 @@ def test_code_on_disk_is_renewed_when_what_was_inlined_changes(two, tmp_path):
     assert two(7, **cache) == ("8", told)
 
 
-def test_where_nothing_can_be_kept_it_is_compiled_each_time(two, tmp_path):
+def test_without_a_writable_cache_each_process_compiles(two, tmp_path):
     file = tmp_path / "file"
     file.touch()
     (two.package / "__pycache__").touch()  # so that no folder can be made there, not by root either
@@ -64,7 +64,7 @@ def test_where_nothing_can_be_kept_it_is_compiled_each_time(two, tmp_path):
         assert "compiling for this machine" in told
 
 
-def test_what_was_just_compiled_computes_what_kept_code_computes(tmp_path):
+def test_fresh_and_cached_code_give_the_same_results(tmp_path):
     """Or the process that compiles would train to other weights than one that resumes its training."""
     code = (
         "import numpy as np; from aigc_tf.training.fast import fused_ops\n"
@@ -84,7 +84,7 @@ def test_what_was_just_compiled_computes_what_kept_code_computes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
 @pytest.mark.parametrize("content", [b"", b"\x93garbled"], ids=["truncated", "garbled"])
-def test_damaged_code_on_disk_is_compiled_anew_and_kept(two, tmp_path, kind, content):
+def test_damaged_cached_code_is_compiled_and_cached_again(two, tmp_path, kind, content):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     two(1, **cache)
     for file in (tmp_path / "cache").rglob(f"*.{kind}"):
