@@ -1,7 +1,7 @@
 """Drafts: a text written ahead, at each place of which the forced words that may come there are scored.
 
-Beside the row of an engine in which a text is drafted, other rows read forced words token by token, each from the place
-of the draft where it would begin: log p(word | text before). `forced_words.py` decides what is kept of a draft.
+While a text is drafted in a row of an engine, other rows read forced words token by token, each from the place of the
+draft where it would begin: log p(word | text before). `forced_words.py` decides what is kept of a draft.
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -16,7 +16,7 @@ from .sampler import Sampler
 from .word_order import Tails, WordOrder
 
 HORIZON = 64  # tokens that a draft looks ahead, within which a word is placed
-SCORING_ROWS = 2  # beside each draft, so as many words are scored at a time
+SCORING_ROWS = 2  # next to each draft: how many words are scored at a time
 
 Words = dict[bytes, list[int]]  # from words to their tokens
 
@@ -78,7 +78,7 @@ class Candidate:
 
 
 class Drafter:
-    """Writes drafts, and scores forced words beside them.
+    """Writes drafts, and scores forced words at their places.
 
     Args:
         sampler: chooses the tokens of drafts.
@@ -103,7 +103,7 @@ class Drafter:
         self._longest = max(map(len, words))
 
     def draft(self, make_engine: Callable[[int], Engine], candidates: list[Candidate], rng: RandomNumbers) -> None:
-        """Draft each text to its end, or as far as it looks ahead, and score the words beside it."""
+        """Draft each text to its end, or as far as it looks ahead, and score the words at its places."""
         rows_per_draft = 1 + SCORING_ROWS
         prefixes = [[*one.prefix, *one.kept] for one in candidates for _ in range(rows_per_draft)]
         written = [len(one.kept) for one in candidates for _ in range(rows_per_draft)]

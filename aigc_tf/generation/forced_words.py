@@ -155,5 +155,5 @@ class ForcedWords:
         words = ", ".join(repr(word.decode("utf-8", "surrogatepass")) for word in one.missing)
         raise ValueError(
             f"There is no room for {words} without completing a banned word or a stop string. "
-            f"Raise max_new_tokens {self._room}."
+            f"Raise max_new_tokens, now {self._room}."
         )

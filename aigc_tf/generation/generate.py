@@ -28,60 +28,55 @@ def generate(model, tokenizer: Tokenizer, prompt: str = "", **settings) -> Text:
         prompt: how the text begins. It may be empty, or longer than the context.
         **settings: any of these, with their defaults:
 
-            Length and repeatability
-
+            Length and repeatability:
             max_new_tokens (100): how many tokens to write at most.
             stop (none): a string, or several. The text ends before the first of them that would come.
             seed (None): a whole number that makes the text repeatable on one machine and engine. None takes another
-            each time.
+                each time.
 
-            Sampling
-
+            Sampling:
             temperature (0.8): below 1 sharpens the distribution, above 1 flattens it; 0 takes the likeliest token.
             top_k (None): draw from the k likeliest tokens only.
             top_p (0.9): draw from the fewest likeliest tokens whose probabilities sum to at least this. None draws from
-            all.
+                all.
             min_p (None): leave out tokens less likely than this times the probability of the likeliest.
-            typical_p (None): draw from the fewest tokens, those with the most nearly expected surprisal first, whose
-            probabilities sum to at least this.
+            typical_p (None): draw from the fewest tokens whose probabilities sum to at least this, those with a
+                surprisal nearest to the entropy first.
 
-            Repetition
-
+            Repetition:
             repetition_penalty (1): raise the probability of each token that the prompt or the text already contains to
-            this power. Above 1 repeats less.
+                this power. Above 1 repeats less.
             presence_penalty (0): subtract this from the logit of each token written already.
             frequency_penalty (0): subtract this from it once for each time the token was written.
             no_repeat_ngram (None): n. No n tokens in a row come twice.
             exempt (none): words that the penalties and `no_repeat_ngram` ignore, each a single token. Punctuation and
-            function words have to repeat: `exempt=load_stopwords("cn") | set("，。")`.
+                function words have to repeat: `exempt=load_stopwords("cn") | set("，。")`.
 
-            Words
-
+            Words:
             banned (none): words that are never written, whatever tokens they are made of.
             forced (none): words that are always written. Each is placed where the model finds it likeliest, looking 64
-            tokens ahead, and before the end that the model expects. Four texts are drafted and the likeliest is kept,
-            which takes several times as long. No forced word completes a banned word or a stop string; if there is no
-            room for tokens that separate them, that is an error.
+                tokens ahead, and before the end that the model expects. Four texts are drafted and the likeliest is
+                kept, which takes several times as long. No forced word completes a banned word or a stop string; if
+                there is no room for tokens that separate them, that is an error.
             logit_bias (none): a mapping from tokens, each as its text or its id, to numbers added to their logits.
-            `-inf` bans a token.
+                `-inf` bans a token.
 
-            Search
-
+            Search:
             best_of (1): write this many texts, and return the one with the highest mean log-probability per token.
             num_beams (1): above 1, beam search: look for the likeliest text, keeping this many at each step. It is
-            deterministic.
+                deterministic.
             length_penalty (1): beam search ranks texts by log-probability / length ** length_penalty; more favours
-            longer texts.
+                longer texts.
 
-            Output and speed
-
+            Output and speed:
             log_probability (False): whether to compute `Text.log_probability`.
             engine ("auto"): "numba" (compiled for the CPU, in 16-bit integers), "numpy", "device" (a compiled loop on
-            the device that Keras uses, such as a GPU or TPU), or "model" (calls the model on a whole window for each
-            token: slow, but works with any model). "auto" takes the device if it is a GPU or TPU and there are no beams
-            and no banned or forced words, else numba if it is installed, else NumPy; NumPy for small models from
-            `load_writer`, where loading numba would take longer than writing; and "model" for models that `aigc_tf`
-            did not build. Engines round differently, so one seed may give different texts on different engines.
+                the device that Keras uses, such as a GPU or TPU), or "model" (calls the model on a whole window for
+                each token: slow, but works with any model). "auto" takes the device if it is a GPU or TPU and there are
+                no beams and no banned or forced words, else numba if it is installed, else NumPy; NumPy for small
+                models from `load_writer`, where loading numba would take longer than writing; and "model" for models
+                that `aigc_tf` did not build. Engines round differently, so one seed may give different texts on
+                different engines.
 
     Returns:
         A `Text`: a `str` of the prompt and what follows, with the attributes `new` (without the prompt), `ids`,

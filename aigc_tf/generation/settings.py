@@ -1,4 +1,4 @@
-"""Settings: what generation may be told, its defaults, and the checks that refuse what is invalid."""
+"""Settings: the settings of generation and sampling, their defaults, and the checks that refuse invalid ones."""
 
 import difflib
 import math

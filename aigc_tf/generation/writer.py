@@ -249,7 +249,7 @@ def _cut_at_stop(stop: list[bytes], ids: Iterable[int], tokenizer) -> Iterator[i
         while held and (size := len(tokenizer.token_bytes(held[0]))) <= known:
             yield held.pop(0)
             data, known = data[size:], known - size
-        if places:  # inside a token, of which whole characters stand before the stop string
+        if places:  # inside a token: what comes before the stop string is whole characters
             yield from (*tokenizer.encode(data[:known].decode()), tokenizer.EOS)
             return
     yield from held
