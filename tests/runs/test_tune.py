@@ -20,7 +20,7 @@ from aigc_tf.runs.tune import tune
 from aigc_tf.runtime.backend import keras
 from aigc_tf.runtime.files import locked
 from aigc_tf.training.checkpoints import list_checkpoints
-from aigc_tf.training.session import NoDisplay
+from aigc_tf.training.logs import NoDisplay
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
 SMALL |= {"model": "lstm"}
@@ -79,7 +79,7 @@ def test_a_resumed_search_equals_an_uninterrupted_one(documents, tmp_path, capsy
     assert tune(documents, tmp_path / "twice", RATES, trials=1, progress=False, **SMALL) == sorted(
         again, key=lambda trial: trial["bits_per_char"]
     )
-    assert names(tmp_path / "twice") == ["best", "trial-5", "trials.json"]  # to go on with, should a call want five
+    assert names(tmp_path / "twice") == ["best", "trial-5", "trials.json"]  # which may be resumed
 
 
 def test_minutes_end_the_search_after_the_running_trial(documents, tmp_path):
@@ -140,6 +140,19 @@ def test_when_all_trials_fail_the_reason_is_given(documents, tmp_path):
     message = message_of(ValueError, tune, documents, tmp_path / "search", space, trials=3, progress=False, **fixed)
     assert "All 2 trials failed. The last error was: " in message
     assert "multiple of num_heads" in message
+
+
+def test_too_little_memory_fails_a_trial_and_a_bug_ends_the_search():
+    tf = pytest.importorskip("tensorflow")
+    for error in (
+        ValueError("hidden_dim must be a multiple of num_heads"),
+        MemoryError(),
+        tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"),  # of JAX
+    ):
+        assert tune_module._is_failure_of_settings(error)
+    for error in (TypeError("a bug"), RuntimeError("a bug"), OSError(28, "No space left on device")):
+        assert not tune_module._is_failure_of_settings(error)
 
 
 def test_ten_failures_without_a_success_end_the_search(documents, tmp_path):
