@@ -89,7 +89,19 @@ def tests(small: bool, seconds: float) -> Iterator[dict]:
     began = time.monotonic()
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
     exact = {"AIGC_TF_TEST_DEVICE": "1", "JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "--tb=short",
+        "-W",
+        "default",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow",
+    ]
     if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8:
         command += ["-n", "4"]
     chosen = ["tests/training/test_sampled_softmax.py"] if small else TESTS

@@ -2,20 +2,24 @@
 
 import logging
 import os
-
-# One kind of machine, whatever is in it. Before anything loads TensorFlow or JAX, and for the processes of tests too.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import zipfile
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+# With AIGC_TF_TEST_DEVICE=1 the tests use the GPU or TPU that is there. Otherwise one kind of machine, whatever is in
+# it: set before anything loads TensorFlow or JAX, and for the processes of tests too.
+ON_DEVICE = os.environ.get("AIGC_TF_TEST_DEVICE") == "1"
+if not ON_DEVICE:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
 # The same examples each time, and no verdict by the clock: a busy machine is no fault of the code.
 settings.register_profile("here", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
+
+cpu_only = pytest.mark.skipif(ON_DEVICE, reason="what it expects holds on one CPU")
 
 CLAUSES = "白日依山尽 黄河入海流 欲穷千里目 更上一层楼 床前明月光 疑是地上霜 举头望明月 低头思故乡".split()
 

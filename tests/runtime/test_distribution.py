@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import message_of
+from conftest import cpu_only, message_of
 
 from aigc_tf import use_devices
 from aigc_tf.runtime.backend import keras
@@ -91,6 +91,7 @@ def require_close(results, expected):
         assert results[architecture][-1] == expected[architecture][-1]
 
 
+@cpu_only
 def test_two_devices_learn_what_one_learns(documents, tmp_path):
     jobs = [
         ("one", {"count": 1}, {}),
@@ -114,6 +115,7 @@ def test_two_devices_learn_what_one_learns(documents, tmp_path):
         assert "cannot add up gradients of microbatches on several devices" in shared["transformer"]
 
 
+@cpu_only
 @pytest.mark.skipif(not IS_JAX, reason="several hosts need JAX")
 def test_two_hosts_learn_what_one_learns_and_go_on(documents, tmp_path):
     for name in ("alone", "together"):
@@ -132,6 +134,7 @@ def test_two_hosts_learn_what_one_learns_and_go_on(documents, tmp_path):
         require_close(results, expected)
 
 
+@cpu_only
 @pytest.mark.skipif(not IS_JAX or os.name == "nt", reason="several hosts need JAX, and signals POSIX")
 def test_a_signal_to_one_host_stops_all_with_a_checkpoint(documents, tmp_path):
     settings = {"steps": 100_000, "validations": 10_000, "checkpoint_steps": None}
@@ -152,6 +155,7 @@ def test_a_signal_to_one_host_stops_all_with_a_checkpoint(documents, tmp_path):
     assert len(list_checkpoints(tmp_path / "run-transformer" / "checkpoints")) == 1
 
 
+@cpu_only
 @pytest.mark.parametrize(
     ("wrong", "part"),
     [
@@ -184,6 +188,7 @@ def test_keras_distribution_on_tensorflow_is_refused():
         keras.distribution.set_distribution(None)
 
 
+@cpu_only
 def test_precision_is_chosen_and_can_be_set():
     before = keras.config.dtype_policy()
     try:

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import message_of
+from conftest import cpu_only, message_of
 
 import aigc_tf
 from aigc_tf import Tokenizer, make_dataset, train
@@ -297,6 +297,7 @@ def test_what_a_kill_left_half_written_is_gone_after_the_next_training(build, do
     assert not any(path.exists() for path in leftovers)
 
 
+@cpu_only
 def test_checkpoints_come_by_the_minute(build, documents, tokenizer, tmp_path):
     settings = {"checkpoint_steps": None, "keep_checkpoints": 99, "steps": 3, "validations": 1}
     run(build, documents, tokenizer, tmp_path / "seldom", **settings)

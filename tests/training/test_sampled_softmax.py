@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import message_of, spread
+from conftest import cpu_only, message_of, spread
 
 from aigc_tf import load, lstm, make_dataset, save, train
 from aigc_tf.runtime.backend import keras, tf
@@ -147,6 +147,7 @@ def test_among_a_part_it_learns_nearly_as_well(documents, tokenizer):
     assert bits[1] < bits[0] + 0.1
 
 
+@cpu_only
 def test_by_default_it_takes_candidates_where_the_vocabulary_is_large(build, tokenizer, monkeypatch):
     model = build(9000, T, num_layers=1)
     for tokens, vocab_size, number in [
@@ -162,6 +163,7 @@ def test_by_default_it_takes_candidates_where_the_vocabulary_is_large(build, tok
     assert usual_candidates(model, 80, 9000) == 0
 
 
+@cpu_only
 def test_it_says_so_and_trains_other_models_and_data_as_before(build, documents, tokenizer, capsys):
     settings = {"steps": 2, "validations": 1}
     data = make_dataset(documents, tokenizer, 10, 4, seed=0)

@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+from conftest import cpu_only
 
 from aigc_tf import Tokenizer, evaluate, make_dataset, train
 from aigc_tf.evaluation.bits import sample_documents
@@ -182,6 +183,7 @@ def test_the_training_loss_is_the_loss_of_the_batches(build, documents, tokenize
     assert history["loss"][0] == pytest.approx(float(loss), rel=1e-5)
 
 
+@cpu_only
 def test_ctrl_c_ends_early_and_keeps_what_was_learned(build, documents, tokenizer, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
     model = build(tokenizer.vocab_size, T, num_layers=1)
