@@ -25,7 +25,7 @@ _STATES = (
 
 
 @functools.cache
-def tables() -> tuple[np.ndarray, np.ndarray]:
+def transition_tables() -> tuple[np.ndarray, np.ndarray]:
     """Return which bytes may come in each state, and the state after each.
 
     A byte that may not come, such as half of a surrogate pair in a prompt, starts a new character.
@@ -34,7 +34,7 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
         `bool (8, 256)` and `int8 (8, 256)`.
 
     Example:
-        >>> may_come, after = tables()
+        >>> may_come, after = transition_tables()
         >>> state = after[0, 0xE4]
         >>> int(state), bool(may_come[state, 0xB8]), bool(may_come[state, 0x41])
         (2, True, False)

@@ -64,7 +64,7 @@ def _contains(data: bytes, words: set[bytes], sizes: set[int]) -> bool:
 
 
 def _closed(words: set[bytes]) -> set[bytes]:
-    may_come, after = utf8.tables()
+    may_come, after = utf8.transition_tables()
     endings, after = [np.flatnonzero(row).tolist() for row in may_come], after.tolist()
 
     def is_dead(beginning, sizes):

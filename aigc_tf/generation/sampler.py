@@ -167,7 +167,7 @@ class Sampler:
 
 def _by_pending(bias: np.ndarray, byte_ids: slice) -> tuple[np.ndarray, np.ndarray]:
     """Return the bias for each state of an incomplete character, and the state after each token, both (8, V)."""
-    may_come, after_byte = utf8.tables()
+    may_come, after_byte = utf8.transition_tables()
     biases = np.full((len(may_come), len(bias)), -np.inf, np.float32)
     biases[0] = bias
     biases[:, byte_ids] = np.where(may_come, bias[byte_ids], -np.inf)

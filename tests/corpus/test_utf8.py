@@ -19,13 +19,13 @@ INF = float("inf")
 def after(data: bytes) -> int:
     pending = 0
     for byte in data:
-        pending = utf8.tables()[1][pending, byte]
+        pending = utf8.transition_tables()[1][pending, byte]
     return pending
 
 
 def test_the_tables_take_what_python_takes_byte_for_byte():
     """All sequences of one, two and three bytes, and those of four at whose ends rules change, go as Python says."""
-    allowed, _ = utf8.tables()
+    allowed, _ = utf8.transition_tables()
     ends = [0x00, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC1, 0xC2, 0xE0, 0xED, 0xF0, 0xF4, 0xF5, 0xFF]
     begun = [b""]
     for length in range(1, 5):
@@ -47,7 +47,7 @@ def test_the_tables_take_what_python_takes_byte_for_byte():
 
 
 def test_the_tables_take_each_character_and_nothing_else():
-    allowed, following = utf8.tables()
+    allowed, following = utf8.transition_tables()
     characters = [i for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     for first, until in ((0, 0x80), (0x80, 0x800), (0x800, 0x10000), (0x10000, 0x110000)):
         text = "".join(chr(i) for i in characters if first <= i < until)
