@@ -263,7 +263,7 @@ def _distribute_jax(devices: list[str], model_parallel: int) -> None:
     if len(devices) == 1:
         distribution = None
     elif model_parallel == 1:
-        distribution = keras.distribution.DataParallel(devices=devices)
+        distribution = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)  # see `feed`
     else:
         shape = (len(devices) // model_parallel, model_parallel)
         mesh = keras.distribution.DeviceMesh(shape, ("batch", "model"), np.array(devices).reshape(shape))

@@ -13,7 +13,7 @@ from ..corpus.documents import check_documents, documents_sha256
 from ..corpus.tokenizer import Tokenizer
 from ..models.contract import check_model
 from ..runtime.backend import keras, uses_accelerator
-from ..runtime.distribution import check_distribution, is_first_host, num_replicas, rows_of_host
+from ..runtime.distribution import check_distribution, is_first_host, num_hosts, num_replicas, rows_of_host
 from ..runtime.files import locked
 from .fast.fast_training import fast_training
 from .logs import Display, NoDisplay
@@ -227,9 +227,11 @@ def _run_phase(
 
 
 def feed(data):
-    """Return data as `fit` takes it: a `tf.data.Dataset`, which Keras divides among hosts, or a generator."""
+    """Return data as `fit` takes it: a `tf.data.Dataset`, or a generator, of its own rows on each of several hosts."""
     if hasattr(data, "element_spec"):
-        return data
+        if num_hosts() == 1:
+            return data
+        data = data.as_numpy_iterator()
     return (keras.tree.map_structure(rows_of_host, batch) for batch in data)
 
 

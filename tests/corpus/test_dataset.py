@@ -28,6 +28,7 @@ def test_targets_are_the_inputs_one_token_on(documents, tokenizer):
 
 
 def test_shapes_are_static(documents, tokenizer):
+    pytest.importorskip("tensorflow")
     for seed in (None, 0):
         inputs, targets = make_dataset(documents, tokenizer, 16, 4, seed).element_spec
         assert inputs.shape == targets.shape == (4, 16)

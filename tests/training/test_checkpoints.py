@@ -205,6 +205,7 @@ def test_the_scale_of_the_loss_goes_on_too(documents, tokenizer, tmp_path):
 def test_data_of_another_origin_is_read_again(build, documents, tokenizer, tmp_path):
     def run_on(folder):
         model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.3, seed=1)
+        pytest.importorskip("tensorflow")
         data = make_dataset(documents, tokenizer, T, 4, seed=0).map(lambda x, y: (x, y))
         settings = {"steps": 6, "validations": 2, "progress": False, "checkpoint_steps": 2, "keep_checkpoints": 9}
         return model, train(model, data, tokenizer, documents[:10], run_dir=folder, **settings)
