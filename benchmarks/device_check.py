@@ -56,7 +56,7 @@ class Part(NamedTuple):
 # The largest come first among those side by side.
 PARTS = {
     "device": Part("device_parts.device", 60, is_timed=True),
-    "tests": Part("device_parts.tests", 240),
+    "tests": Part("device_tests.tests", 240),
     "precision": Part("device_parts.precision", 150),
     "resume": Part("device_parts.resume", 120),
     "resume, deterministic": Part("device_parts.resume", 120, flags="--xla_gpu_deterministic_ops=true"),
@@ -233,8 +233,8 @@ def as_markdown(name: str, rows: list[dict]) -> Iterator[str]:
 
 
 def as_number(value: float) -> str:
-    """Write a number with about three digits."""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
+    """Write a number with about four digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
 
 
 # --- a child ----------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def train_ours(architecture, size, context, batch_size, steps_in_block):
     from aigc_tf.models import networks
     from aigc_tf.runtime.backend import keras
     from aigc_tf.runtime.distribution import native_precision
-    from aigc_tf.training.train import compile_model
+    from aigc_tf.training.train import compile_model, feed
 
     class Clock(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -192,7 +192,7 @@ def train_ours(architecture, size, context, batch_size, steps_in_block):
         def train(seconds):
             clock = Clock()
             clock.ends, clock.seconds = [], seconds
-            model.fit(data, steps_per_epoch=10**6 * steps_in_block, callbacks=[clock], shuffle=False, verbose=0)
+            model.fit(feed(data), steps_per_epoch=10**6 * steps_in_block, callbacks=[clock], shuffle=False, verbose=0)
             return [float(taken) / steps_in_block for taken in np.diff(clock.ends)]
 
         return train

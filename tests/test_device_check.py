@@ -91,12 +91,12 @@ def test_results_are_written_after_each_part(load, tmp_path, capsys):
 
 
 def test_numbers_are_short(load):
-    shown = [load("device_check").as_number(number) for number in (0, 0.000123, 0.5, 12.345, 1234.5, 16)]
-    assert shown == ["0", "0.000123", "0.5", "12.3", "1,234", "16"]
+    shown = [load("device_check").as_number(number) for number in (0, 0.000123, 0.5, 12.3456, 1234.5, 16)]
+    assert shown == ["0", "0.000123", "0.5", "12.35", "1,234", "16"]
 
 
 def test_the_verdicts_of_pytest_are_read(load):
-    outcome_of = load("device_parts").outcome_of
+    outcome_of = load("device_tests").outcome_of
     line = "tests/a/test_b.py::test_c[{'top_p': 0.5}] FAILED                  [ 12%]"
     assert outcome_of(line) == ("tests/a/test_b.py::test_c[{'top_p': 0.5}]", "FAILED")
     assert outcome_of("tests/b.py::test_c SKIPPED (what it expects) [100%]\n") == ("tests/b.py::test_c", "SKIPPED")
