@@ -48,15 +48,25 @@ def tokenizer(documents):
 @pytest.fixture(scope="session", params=["lstm", "transformer"])
 def build(request):
     """A function (vocab_size, context, **settings) -> tiny model, of each architecture in turn."""
+    return builder(request.param)
+
+
+@pytest.fixture(scope="session")
+def build_one():
+    """The same of one architecture, for what does not depend on it."""
+    return builder("lstm")
+
+
+def builder(architecture):
     import aigc_tf
 
     def build_tiny(vocab_size, context, **settings):
-        if request.param == "transformer":
+        if architecture == "transformer":
             settings = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, **settings}
             return aigc_tf.transformer(vocab_size, context, **settings)
         return aigc_tf.lstm(vocab_size, context, **{"num_layers": 2, "hidden_dim": 16, **settings})
 
-    build_tiny.architecture = request.param
+    build_tiny.architecture = architecture
     return build_tiny
 
 

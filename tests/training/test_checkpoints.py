@@ -7,8 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ import aigc_tf
 from aigc_tf import Tokenizer, make_dataset, train
 from aigc_tf.runtime.backend import keras
 from aigc_tf.training.checkpoints import list_checkpoints, read_newest, require_same, write_checkpoint
+from aigc_tf.training.session import Session
 
 try:
     import resource
@@ -175,9 +174,9 @@ def test_from_each_checkpoint_it_goes_on_to_the_same_end(build, documents, token
         assert len((part / "log.csv").read_text().splitlines()) == 4
 
 
-def test_checkpoints_change_nothing(build, documents, tokenizer, tmp_path):
-    with_them, history = run(build, documents, tokenizer, tmp_path)
-    model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.3, seed=1)
+def test_checkpoints_change_nothing(build_one, documents, tokenizer, tmp_path):
+    with_them, history = run(build_one, documents, tokenizer, tmp_path)
+    model = build_one(tokenizer.vocab_size, T, num_layers=1, dropout=0.3, seed=1)
     data = make_dataset(documents, tokenizer, T, 4, seed=0)
     settings = {"steps": 12, "validations": 3, "num_candidates": 0, "progress": False}
     alone = train(model, data, tokenizer, documents[:10], **settings)
@@ -202,9 +201,9 @@ def test_the_scale_of_the_loss_goes_on_too(documents, tokenizer, tmp_path):
         keras.config.set_dtype_policy(before)
 
 
-def test_data_of_another_origin_is_read_again(build, documents, tokenizer, tmp_path):
+def test_data_of_another_origin_is_read_again(build_one, documents, tokenizer, tmp_path):
     def run_on(folder):
-        model = build(tokenizer.vocab_size, T, num_layers=1, dropout=0.3, seed=1)
+        model = build_one(tokenizer.vocab_size, T, num_layers=1, dropout=0.3, seed=1)
         pytest.importorskip("tensorflow")
         data = make_dataset(documents, tokenizer, T, 4, seed=0).map(lambda x, y: (x, y))
         settings = {"steps": 6, "validations": 2, "progress": False, "checkpoint_steps": 2, "keep_checkpoints": 9}
@@ -216,8 +215,8 @@ def test_data_of_another_origin_is_read_again(build, documents, tokenizer, tmp_p
     require_equal(state_of(*run_on(tmp_path), tmp_path), expected)
 
 
-def test_another_setting_corpus_or_tokenizer_is_refused(build, documents, tokenizer, tmp_path):
-    run(build, documents, tokenizer, tmp_path)
+def test_another_setting_corpus_or_tokenizer_is_refused(build_one, documents, tokenizer, tmp_path):
+    run(build_one, documents, tokenizer, tmp_path)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     other = [documents[0].replace("白", "黄"), *documents[1:]]
     for part, texts, tokens, change in [
@@ -231,34 +230,34 @@ def test_another_setting_corpus_or_tokenizer_is_refused(build, documents, tokeni
         ("training data tokens differs", other, tokenizer, {}),
         ("tokenizer differs", documents, Tokenizer.train(documents[:9]), {}),
     ]:
-        assert part in message_of(ValueError, run, build, texts, tokens, tmp_path, **change)
+        assert part in message_of(ValueError, run, build_one, texts, tokens, tmp_path, **change)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
-def test_a_damaged_checkpoint_is_skipped_and_said(build, documents, tokenizer, tmp_path, capsys):
-    expected = state_of(*run(build, documents, tokenizer, tmp_path), tmp_path)
+def test_a_damaged_checkpoint_is_skipped_and_said(build_one, documents, tokenizer, tmp_path, capsys):
+    expected = state_of(*run(build_one, documents, tokenizer, tmp_path), tmp_path)
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     newest.write_bytes(newest.read_bytes()[:-100])
-    again = run(build, documents, tokenizer, tmp_path, progress=True)
+    again = run(build_one, documents, tokenizer, tmp_path, progress=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"warning: {newest} is damaged, and skipped"
     assert lines[1].startswith("goes on after step 11, kept in ")
     require_equal(state_of(*again, tmp_path), expected)
 
 
-def test_a_log_that_cannot_be_written_says_so(build, documents, tokenizer, tmp_path, monkeypatch):
+def test_a_log_that_cannot_be_written_says_so(build_one, documents, tokenizer, tmp_path, monkeypatch):
     def fail(path):
         raise OSError(28, "No space left on device", ".1-log.csv")
 
     monkeypatch.setattr("aigc_tf.training.session.atomic_write", fail)
     with pytest.raises(OSError, match="the log of step 0 cannot be written. There is none before it. Make room") as e:
-        run(build, documents, tokenizer, tmp_path)
+        run(build_one, documents, tokenizer, tmp_path)
     assert e.value.filename == str(tmp_path / "log.csv")
 
 
 @limits_files
-def test_a_full_disk_stops_with_what_is_kept(build, documents, tokenizer, tmp_path):
-    run(build, documents, tokenizer, tmp_path)
+def test_a_full_disk_stops_with_what_is_kept(build_one, documents, tokenizer, tmp_path):
+    run(build_one, documents, tokenizer, tmp_path)
     for path in list_checkpoints(tmp_path / "checkpoints")[1:]:
         path.unlink()
     kept = list_checkpoints(tmp_path / "checkpoints")
@@ -266,44 +265,44 @@ def test_a_full_disk_stops_with_what_is_kept(build, documents, tokenizer, tmp_pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(OSError, match="cannot be written") as caught:
-            run(build, documents, tokenizer, tmp_path)
+            run(build_one, documents, tokenizer, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"the checkpoint of step 12 cannot be written. The last good checkpoint is {kept[0]}." in str(caught.value)
     assert list_checkpoints(tmp_path / "checkpoints") == kept
-    assert run(build, documents, tokenizer, tmp_path)[1]["step"] == [4, 8, 12]
+    assert run(build_one, documents, tokenizer, tmp_path)[1]["step"] == [4, 8, 12]
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_training(build, documents, tokenizer, tmp_path):
+def test_a_folder_that_cannot_be_written_is_said_before_training(build_one, documents, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        run(build, documents, tokenizer, tmp_path / "file" / "run")
+        run(build_one, documents, tokenizer, tmp_path / "file" / "run")
 
 
-def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(build, documents, tokenizer, tmp_path):
-    message = message_of(ValueError, run, build, documents, tokenizer, tmp_path, learning_rate=1e38)
+def test_a_loss_that_is_no_number_names_the_last_good_checkpoint(build_one, documents, tokenizer, tmp_path):
+    message = message_of(ValueError, run, build_one, documents, tokenizer, tmp_path, learning_rate=1e38)
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     assert f"The last good checkpoint is {newest}." in message
     for values in read(tmp_path / "checkpoints")[0].values():
         assert all(np.isfinite(value).all() for value in values)
 
 
-def test_what_a_kill_left_half_written_is_gone_after_the_next_training(build, documents, tokenizer, tmp_path):
+def test_what_a_kill_left_half_written_is_gone_after_the_next_training(build_one, documents, tokenizer, tmp_path):
     folders = (tmp_path, tmp_path / "checkpoints")
     leftovers = [folder / f".0123456789ab-{name}" for folder in folders for name in (".lock", "step.npz")]
     folders[1].mkdir()
     for path in leftovers:
         path.touch()
-    run(build, documents, tokenizer, tmp_path, steps=1, validations=1)
+    run(build_one, documents, tokenizer, tmp_path, steps=1, validations=1)
     assert not any(path.exists() for path in leftovers)
 
 
 @cpu_only
-def test_checkpoints_come_by_the_minute(build, documents, tokenizer, tmp_path):
+def test_checkpoints_come_by_the_minute(build_one, documents, tokenizer, tmp_path):
     settings = {"checkpoint_steps": None, "keep_checkpoints": 99, "steps": 3, "validations": 1}
-    run(build, documents, tokenizer, tmp_path / "seldom", **settings)
+    run(build_one, documents, tokenizer, tmp_path / "seldom", **settings)
     assert steps_in(tmp_path / "seldom" / "checkpoints") == [3]
-    run(build, documents, tokenizer, tmp_path / "often", **settings, checkpoint_minutes=1e-9)
+    run(build_one, documents, tokenizer, tmp_path / "often", **settings, checkpoint_minutes=1e-9)
     assert steps_in(tmp_path / "often" / "checkpoints")[0] == 1
 
 
@@ -315,94 +314,83 @@ def test_checkpoints_come_by_the_minute(build, documents, tokenizer, tmp_path):
         ({"checkpoint_minutes": -1}, "checkpoint_minutes must be above 0, or None, got -1"),
     ],
 )
-def test_wrong_settings_are_said(build, documents, tokenizer, tmp_path, wrong, part):
-    assert part in message_of(ValueError, run, build, documents, tokenizer, tmp_path / "run", **wrong)
+def test_wrong_settings_are_said(build_one, documents, tokenizer, tmp_path, wrong, part):
+    assert part in message_of(ValueError, run, build_one, documents, tokenizer, tmp_path / "run", **wrong)
     assert not (tmp_path / "run").exists()
 
 
 # --- processes ----------------------------------------------------------------------------------------------------
 
+# The arguments: the texts, the folder, the signal, and where it comes: at a step, or where a checkpoint is written.
 SCRIPT = """
-import sys
+import io, os, sys
 import numpy as np, aigc_tf
-from aigc_tf.training.checkpoints import list_checkpoints
-documents, folder, architecture = open(sys.argv[1]).read().split("\\n\\n"), sys.argv[2], sys.argv[3]
+from aigc_tf.training import checkpoints
+from aigc_tf.training.session import Session
+texts, folder, signum, moment = sys.argv[1:]
+savez, rename, end = np.savez, checkpoints.rename, Session.on_train_batch_end
+def kill():
+    os.kill(os.getpid(), int(signum))
+def write_half(file, **entries):
+    whole = io.BytesIO()
+    savez(whole, **entries)
+    file.write(whole.getvalue()[: whole.tell() // 2])
+    file.flush()
+    kill()
+def rename_only(path, new):
+    rename(path, new)
+    kill()
+def end_unless_killed(session, batch, logs=None):
+    if session.step + 1 == int(moment):
+        kill()
+    end(session, batch, logs)
+if moment == "written by half":
+    np.savez = write_half
+elif moment == "renamed":
+    checkpoints.rename = rename_only
+else:
+    Session.on_train_batch_end = end_unless_killed
+documents = open(texts).read().split("\\n\\n")
 tokenizer = aigc_tf.Tokenizer.train(documents)
-build = getattr(aigc_tf, architecture)
-model = build(tokenizer.vocab_size, 20, num_layers=1, hidden_dim=16, dropout=0.3, seed=1)
+model = aigc_tf.lstm(tokenizer.vocab_size, 20, num_layers=1, hidden_dim=16, dropout=0.3, seed=1)
 data = aigc_tf.make_dataset(documents, tokenizer, 20, 4, seed=0)
-settings = {"steps": 1200, "validations": 5, "checkpoint_steps": 20, "run_dir": folder}
-aigc_tf.train(model, data, tokenizer, documents[:10], **settings)
-np.savez(folder + "/weights.npz", *model.get_weights())
+aigc_tf.train(model, data, tokenizer, documents[:10], steps=60, validations=3, checkpoint_steps=7, run_dir=folder)
 """
 
 
-def start(folder, texts, architecture):
-    command = [sys.executable, "-u", "-c", SCRIPT, str(texts), str(folder), architecture]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def kill_at_random(process, folder, generator, signum) -> bool:
-    """Kill a training some time after it began, half of the time while it writes; tell whether it was alive."""
-    lines = []
-    reader = threading.Thread(target=lambda: lines.extend(iter(process.stdout.readline, "")))
-    reader.start()
-    known = set(list_checkpoints(folder / "checkpoints"))
-    while process.poll() is None and not set(list_checkpoints(folder / "checkpoints")) - known:
-        time.sleep(0.005)  # until this process has written one: so it is in the midst of training
-    if generator.random() < 0.5:
-        time.sleep(generator.uniform(0, 0.4))
-    else:
-        deadline = time.monotonic() + 2
-        while time.monotonic() < deadline and not list((folder / "checkpoints").glob(".*")):
-            pass
-    process.send_signal(signum)
-    code = process.wait()
-    reader.join()
-    process.stdout.close()
-    if code in (-signum, 0):
-        return code != 0 or signum == signal.SIGINT
-    raise AssertionError(f"{code}: {''.join(lines)}")
-
-
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_as_if_it_had_not_been(documents, tmp_path):
-    """Both architectures at a time, each eleven times, or as often as five minutes allow, but three times at least."""
-    num_kills, deadline = 11, time.monotonic() + 300
-    texts = tmp_path / "texts"
-    texts.write_text("\n\n".join(documents))
-    failures, killed = [], []
+@cpu_only
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(build_one, documents, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "texts").write_text("\n\n".join(documents))
+    folder, settings = tmp_path / "killed", {"steps": 60, "checkpoint_steps": 7, "num_candidates": None}
+    kept = folder / "checkpoints"
+    # The log is ahead of the checkpoints at step 21, as there was a validation at step 20.
+    for signum, moment, steps, last_validation in (
+        (signal.SIGTERM, "7", [7], "step"),
+        (signal.SIGKILL, "21", [7, 14], "20.0"),
+        (signal.SIGKILL, "written by half", [7, 14], "20.0"),
+        (signal.SIGKILL, "renamed", [7, 14, 21], "20.0"),
+    ):
+        command = [sys.executable, "-c", SCRIPT, tmp_path / "texts", folder, str(int(signum)), moment]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == -signum, done.stdout
+        assert steps_in(kept) == steps, moment
+        assert (folder / "log.csv").read_text().splitlines()[-1].split(",")[0] == last_validation
+        assert len(list(kept.glob(".*-step.npz"))) == (moment == "written by half")
 
-    def chain(architecture):
-        generator = random.Random(architecture)
-        whole, broken = tmp_path / architecture, tmp_path / f"{architecture}-broken"
-        try:
-            output = start(whole, texts, architecture).communicate()[0]
-            signals = [signal.SIGTERM, signal.SIGINT, *[signal.SIGKILL] * (num_kills - 2)]
-            for i, signum in enumerate(signals):
-                if i >= 3 and time.monotonic() > deadline:
-                    break
-                killed.append(kill_at_random(start(broken, texts, architecture), broken, generator, signum))
-            last = start(broken, texts, architecture).communicate()[0]
-            assert "goes on after step" in last
-            states = [state_in(folder) for folder in (whole, broken)]
-            require_equal(*states)
-            assert len(states[0][1][0]["step"]) == 5, output
-        except BaseException as error:
-            failures.append(error)
+    with monkeypatch.context() as patched:
 
-    threads = [threading.Thread(target=chain, args=(name,)) for name in ("lstm", "transformer")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for failure in failures:
-        raise failure
-    assert sum(killed) >= 5  # of six, should one have been done already
+        def interrupt(session, batch, logs=None, end=Session.on_train_batch_end):
+            if session.step + 1 == 45:
+                signal.raise_signal(signal.SIGINT)
+            end(session, batch, logs)
 
-
-def state_in(folder):
-    arrays, record, _, _ = read(folder / "checkpoints")
-    history = {name: values for name, values in record["history"].items() if name != "tokens_per_second"}
-    with np.load(folder / "weights.npz") as weights:
-        return [*(v for vs in arrays.values() for v in vs), *weights.values()], [history, record["step"]]
+        patched.setattr(Session, "on_train_batch_end", interrupt)
+        run(build_one, documents, tokenizer, folder, **settings)
+    assert steps_in(kept) == [42, 45]
+    assert not list(kept.glob(".*"))
+    ended = state_of(*run(build_one, documents, tokenizer, folder, **settings), folder)
+    whole = tmp_path / "whole"
+    require_equal(ended, state_of(*run(build_one, documents, tokenizer, whole, **settings), whole))
+    assert ended[1][0]["step"] == [20, 40, 60]
