@@ -17,7 +17,7 @@ import numpy as np
 
 from aigc_tf.models.networks import build
 from aigc_tf.training.checkpoints import list_checkpoints, read_newest, write_checkpoint
-from aigc_tf.training.train import compile_model
+from aigc_tf.training.optimizer import compile_model
 
 MODELS = [("transformer", size) for size in ("tiny", "small", "base")] + [("lstm", "small")]
 VOCAB_SIZE, CONTEXT = 8192, 256

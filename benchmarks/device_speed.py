@@ -169,7 +169,8 @@ def train_ours(architecture, size, context, batch_size, steps_in_block):
     from aigc_tf.models import networks
     from aigc_tf.runtime.backend import keras
     from aigc_tf.runtime.distribution import native_precision
-    from aigc_tf.training.train import compile_model, feed
+    from aigc_tf.training.loop import feed
+    from aigc_tf.training.optimizer import compile_model
 
     class Clock(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

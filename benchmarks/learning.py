@@ -221,9 +221,10 @@ def run_ours(name, is_counted, among_candidates, tokenizer, documents, seed, opt
     import aigc_tf
     from aigc_tf.models import networks
     from aigc_tf.runtime.backend import keras
-    from aigc_tf.training import train as train_module
+    from aigc_tf.training import loop
     from aigc_tf.training.fast.fast_training import fast_training
     from aigc_tf.training.optimizer import adamw
+    from aigc_tf.training.sampled_softmax import default_num_candidates
 
     context, tokens_per_batch = CONTEXT[name], options.batch_size * 64
     settings = {**OURS[name], "dropout": options.dropout, "precision": "mixed_bfloat16", "seed": seed}
@@ -237,8 +238,8 @@ def run_ours(name, is_counted, among_candidates, tokenizer, documents, seed, opt
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(adamw(rate, WEIGHT_DECAY, CLIP_NORM), loss)
     model.optimizer.build(model.trainable_variables)
-    number = train_module.usual_candidates(model, tokens_per_batch, tokenizer.vocab_size) if among_candidates else 0
-    phases = train_module.phases(model, 1000, number, data.counts())
+    number = default_num_candidates(model, tokens_per_batch, tokenizer.vocab_size) if among_candidates else 0
+    phases = loop.phases(model, 1000, number, data.counts())
 
     class StopByClock(keras.callbacks.Callback):
         steps = 0

@@ -166,11 +166,11 @@ def keras_step(model, size: dict):
 
 def ours(model, size: dict):
     """Return a function that takes a step as `aigc_tf.train` does."""
-    from aigc_tf.training import train as train_module
-    from aigc_tf.training.fast import fast_training
+    from aigc_tf.training.fast.fast_training import fast_training
+    from aigc_tf.training.optimizer import compile_model
 
-    train_module.compile_model(model, 1000, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM)
-    trained, _ = KEPT_OPEN.enter_context(fast_training.fast_training(model, num_tokens=1e12))
+    compile_model(model, 1000, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM)
+    trained, _ = KEPT_OPEN.enter_context(fast_training(model, num_tokens=1e12))
     return keras_step(trained, size)
 
 

@@ -7,7 +7,7 @@ from ..models.networks import build
 from ..models.sizes import check_at_least_1, dimensions
 from ..runtime.distribution import known_precision
 from ..runtime.hardware import available_bytes, process_bytes
-from ..training.train import check_candidates, usual_candidates
+from ..training.sampled_softmax import check_num_candidates, default_num_candidates
 from .measurement import seconds_and_watts_of_steps, seconds_per_evaluated_token
 
 # The memory that `initialise` and `baselines` take per token counted, measured with 21 MB of text, and how many tokens
@@ -97,7 +97,7 @@ def estimate(
     chosen = dimensions(model, size, **replaced)
     check_at_least_1(vocab_size=vocab_size, context=context, batch_size=batch_size, steps=steps)
     precision = known_precision(precision)
-    check_candidates(num_candidates or 0, batch_size * context, vocab_size)
+    check_num_candidates(num_candidates or 0, batch_size * context, vocab_size)
     if not seconds >= 0 or (watts is not None and not watts > 0):
         raise ValueError(f"seconds must be at least 0 and watts above 0, got {seconds} and {watts}.")
     count = _count_transformer if model == "transformer" else _count_lstm
@@ -128,7 +128,7 @@ def estimate(
     if seconds and _fits(figures):
         built = build(model, vocab_size, context, size, **replaced, dropout=dropout, precision=precision)
         if num_candidates is None:
-            num_candidates = usual_candidates(built, batch_size * context, vocab_size)
+            num_candidates = default_num_candidates(built, batch_size * context, vocab_size)
         step_seconds, read_watts = seconds_and_watts_of_steps(
             built, vocab_size, context, batch_size, steps, num_candidates, seconds
         )

@@ -11,7 +11,8 @@ from ..runtime.backend import keras
 from ..runtime.distribution import predict
 from ..runtime.hardware import gpu_watts, processor_joules
 from ..training.fast.fast_training import fast_training
-from ..training.train import compile_model, feed, phases, steps_at_once
+from ..training.loop import choose_steps_per_execution, feed, phases
+from ..training.optimizer import compile_model
 
 _WARMUP_BLOCKS = 3  # of steps: the first compiles, the next two still warm up
 
@@ -24,7 +25,7 @@ def seconds_and_watts_of_steps(
     data = batches_of(lambda places: ids, batch_size, context)
     compile_model(model, steps=1_000_000)
     parts = phases(model, 1000, num_candidates, np.ones(vocab_size))
-    step_seconds, watts, end_before, steps_in_block = 0.0, None, 0, steps_at_once()
+    step_seconds, watts, end_before, steps_in_block = 0.0, None, 0, choose_steps_per_execution()
     for phase in parts:
         timer = _StepTimer(seconds / len(parts), steps_in_block)
         with fast_training(phase.model, steps * batch_size * context) as (trained, _):

@@ -164,19 +164,19 @@ def rows_of_host(array: np.ndarray) -> np.ndarray:
     return array[jax.process_index() * rows : (jax.process_index() + 1) * rows]
 
 
-def hosts_are_to_stop(look: int) -> bool:
-    """Tell whether one of several hosts received a SIGTERM, at the same look on all of them.
+def should_stop_all_hosts(check: int) -> bool:
+    """Return whether one of several hosts received a SIGTERM; all hosts get the same answer at the same check.
 
-    JAX takes that signal where there are several hosts: it does not end a process.
+    With several hosts JAX handles that signal, so it does not end the process.
 
     Args:
-        look: the number of this look, by one more each time.
+        check: the number of this check; it must increase by one each time.
     """
     if num_hosts() == 1:
         return False
     from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(look)
+    return multihost_utils.reached_preemption_sync_point(check)
 
 
 def check_distribution(batch_size: int) -> None:

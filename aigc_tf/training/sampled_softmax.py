@@ -1,4 +1,4 @@
-"""Candidates: steps of a training whose softmax runs over a part of the vocabulary, and so take less time."""
+"""Sampled softmax: training steps whose softmax covers only some tokens of the vocabulary, and which are faster."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -7,34 +7,53 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..corpus.dataset import Batches
-from ..runtime.backend import keras, tensorflow_for_data
+from ..runtime.backend import keras, tensorflow_for_data, uses_accelerator
+from ..runtime.distribution import num_replicas
 from ..runtime.keras_internals import source_of
 
 if TYPE_CHECKING:
     from ..runtime.backend import tf
 
-SHARE_OF_STEPS = 0.9  # the last ones run over all tokens
+SAMPLED_FRACTION = 0.9  # of the steps; the last ones use the full softmax
+
+
+def default_num_candidates(model: keras.Model, tokens_per_batch: int, vocab_size: int) -> int:
+    """Choose `num_candidates` for a model on this device (see `train`)."""
+    is_useful = num_replicas() == 1 and not uses_accelerator() and has_tied_head(model)
+    number = max(tokens_per_batch, vocab_size // 8)
+    return number if is_useful and 2 * number <= vocab_size else 0
+
+
+def check_num_candidates(num_candidates: int, tokens_per_batch: int, vocab_size: int) -> None:
+    """Refuse fewer candidates than a batch may have targets, or more than the vocabulary has tokens."""
+    least = min(tokens_per_batch, vocab_size)
+    if num_candidates and not least <= num_candidates <= vocab_size:
+        raise ValueError(
+            f"num_candidates must be 0, or from {least}, the tokens in a batch, to {vocab_size}, those in the "
+            f"vocabulary, got {num_candidates}."
+        )
 
 
 def has_tied_head(model: keras.Model) -> bool:
-    """Tell whether a language model's head is its token embedding, as `sampled_softmax_model` needs."""
+    """Return whether a language model's head is its token embedding, as `sampled_softmax_model` needs."""
     return _tied_head(model) is not None
 
 
-def sampled_softmax_model(model: keras.Model, number: int) -> keras.Model:
-    """Extend a language model to one that predicts among candidates, with the same weights.
+def sampled_softmax_model(model: keras.Model, num_candidates: int) -> keras.Model:
+    """Build a model with the weights of a language model that predicts among candidates.
+
+    The gradient approximates that of the full softmax, the better the more candidates there are. It is biased, as the
+    targets of a batch are always candidates but are corrected as if they were drawn. A correction with probability 1
+    for targets, and that of fewer draws for the others, halves the bias but does not learn better: 7.197 bits per
+    character with it and 7.185 without, after 400 steps of an LSTM on the quatrains (means of 4 seeds).
 
     Args:
         model: a language model whose head is its token embedding.
-        number: C, how many candidates there are.
+        num_candidates: C.
 
     Returns:
-        A `keras.Model` from ids `int32 (B, T)`, candidates `int32 (C,)` and the logarithm of the probability that each
-        of them is one, `float32 (C,)`, to logits `float32 (B, T, C)`. The gradient of their softmax is near that of the
-        softmax over all tokens, the nearer the larger C; it has a bias for each C below V, and the more so as the
-        tokens that a batch predicts are candidates for certain, and are taken as if drawn like the others. Corrected
-        for that (probability 1 for them, and that of fewer draws for the others) the bias is half, and a model learned
-        no better: in 400 steps of an LSTM on the quatrains 7.197 bits per character, without 7.185 (means of 4 seeds).
+        A `keras.Model` from ids `int32 (B, T)`, candidates `int32 (C,)` and the logarithm of each candidate's
+        probability of being drawn, `float32 (C,)`, to logits `float32 (B, T, C)`.
 
     Raises:
         ValueError: the head is not the token embedding.
@@ -45,33 +64,33 @@ def sampled_softmax_model(model: keras.Model, number: int) -> keras.Model:
     head = _tied_head(model)
     if head is None:
         raise ValueError(
-            "num_candidates is for a model whose head is its token embedding, as transformer() and lstm() have."
+            "num_candidates needs a model whose head is its token embedding, as transformer() and lstm() have. Set "
+            "num_candidates=0."
         )
-    candidates = keras.Input(batch_shape=(number,), dtype="int32", name="aigc_tf_candidates")
-    log_expected = keras.Input(batch_shape=(number,), dtype="float32", name="aigc_tf_log_expected")
-    logits = _AmongCandidates(head.operation)(head.input_tensors[0], candidates, log_expected)
+    candidates = keras.Input(batch_shape=(num_candidates,), dtype="int32", name="aigc_tf_candidates")
+    log_expected = keras.Input(batch_shape=(num_candidates,), dtype="float32", name="aigc_tf_log_expected")
+    logits = _CandidateLogits(head.operation)(head.input_tensors[0], candidates, log_expected)
     return keras.Model([model.inputs[0], candidates, log_expected], logits)
 
 
-class _AmongCandidates(keras.layers.Layer):
-    """The head of a model for a part of the tokens.
+class _CandidateLogits(keras.layers.Layer):
+    """The head of a model for the candidates.
 
-    In one layer, with a name: Keras numbers operations without one, anew in each process, and a model that was loaded
-    has names from another.
+    One layer with a name: Keras numbers unnamed operations, and a loaded model has such names from another process.
     """
 
     def __init__(self, embedding):
-        super().__init__(name="aigc_tf_among_candidates", dtype=embedding.dtype_policy, autocast=False)
+        super().__init__(name="aigc_tf_candidate_logits", dtype=embedding.dtype_policy, autocast=False)
         self.embedding, self.built = embedding, True
 
     def call(self, x, candidates, log_expected):
-        among = keras.ops.matmul(x, keras.ops.transpose(self.embedding(candidates)))
-        return keras.ops.cast(among, "float32") - log_expected
+        logits = keras.ops.matmul(x, keras.ops.transpose(self.embedding(candidates)))
+        return keras.ops.cast(logits, "float32") - log_expected
 
 
 def _tied_head(model):
-    """Return the call of the token embedding that gives a model's logits, or None if something else gives them."""
-    if not getattr(model, "inputs", None):  # no graph of layers
+    """Return the graph node where the token embedding computes the logits; None if something else computes them."""
+    if not getattr(model, "inputs", None):  # not a graph of layers
         return None
     head = source_of(model.outputs[0])
     if isinstance(head.operation, keras.layers.Identity):
@@ -83,69 +102,69 @@ def _tied_head(model):
     return head if (embedding.reverse_dtype or embedding.variable_dtype) == embedding.compute_dtype else None
 
 
-def draw_candidates(
-    counts: np.ndarray, number: int, seed: int = 0
+def candidate_sampler(
+    counts: np.ndarray, num_candidates: int, seed: int = 0
 ) -> Callable[["tf.data.Dataset | Batches", int], "tf.data.Dataset | Iterator"]:
-    """Draw candidates for batches: the tokens that a batch predicts, and others by their frequency.
+    """Make a function that adds candidates to batches: the targets of a batch, and others drawn by their frequency.
 
     Args:
         counts: how often each token occurs, `int (V,)`.
-        number: C, how many candidates to draw; not fewer than a batch has targets.
-        seed: the seed of what is drawn.
+        num_candidates: C; at least the number of targets in a batch.
+        seed: the seed of the random numbers.
 
     Returns:
-        A function from data of `(inputs, targets)` and the number of its first batch to data of what
-        `sampled_softmax_model` takes and the place of each target among the candidates, `int32 (B, T)`. What is
-        drawn for batch i is a function of its targets, the seed and i alone.
+        A function from data of `(inputs, targets)`, and the number of its first batch, to data of the inputs of
+        `sampled_softmax_model` and of the index of each target among the candidates, `int32 (B, T)`. The candidates
+        of batch i depend only on its targets, the seed and i.
     """
     log_frequency = np.log((counts + 0.5) / (counts + 0.5).sum())
-    log_expected = _log_expected(log_frequency, number)
+    log_expected = _log_expected(log_frequency, num_candidates)
 
     def draw(batch, targets):
         check_targets(targets, len(counts))
-        # By noise of Gumbel, the largest of which are a draw without replacement.
+        # The largest values with Gumbel noise are a draw without replacement.
         keys = log_frequency + np.random.default_rng((seed % 2**64, batch)).gumbel(size=len(counts))
         keys[targets.ravel()] = np.inf
-        candidates = np.sort(np.argpartition(-keys, number - 1)[:number])
-        places = np.empty(len(counts), np.int32)
-        places[candidates] = np.arange(number, dtype=np.int32)
-        return candidates.astype(np.int32), log_expected[candidates], places[targets]
+        candidates = np.sort(np.argpartition(-keys, num_candidates - 1)[:num_candidates])
+        indices = np.empty(len(counts), np.int32)
+        indices[candidates] = np.arange(num_candidates, dtype=np.int32)
+        return candidates.astype(np.int32), log_expected[candidates], indices[targets]
 
-    def among_candidates(data, first):
+    def add_candidates(data, first):
         if isinstance(data, Batches):
             return (
-                ((inputs, candidates, expected), places)
+                ((inputs, candidates, expected), indices)
                 for batch, (inputs, targets) in enumerate(data, first)
-                for candidates, expected, places in [draw(batch, targets)]
+                for candidates, expected, indices in [draw(batch, targets)]
             )
         tf = tensorflow_for_data()
 
-        def add_candidates(batch, data):
+        def add_to_batch(batch, data):
             inputs, targets = data
-            kinds = [tf.int32, tf.float32, tf.int32]
-            candidates, expected, places = tf.numpy_function(draw, [batch, targets], kinds, stateful=False)
-            candidates.set_shape((number,))
-            expected.set_shape((number,))
-            places.set_shape(targets.shape)
-            return (inputs, candidates, expected), places
+            dtypes = [tf.int32, tf.float32, tf.int32]
+            candidates, expected, indices = tf.numpy_function(draw, [batch, targets], dtypes, stateful=False)
+            candidates.set_shape((num_candidates,))
+            expected.set_shape((num_candidates,))
+            indices.set_shape(targets.shape)
+            return (inputs, candidates, expected), indices
 
-        return data.enumerate(first).map(add_candidates).prefetch(tf.data.AUTOTUNE)
+        return data.enumerate(first).map(add_to_batch).prefetch(tf.data.AUTOTUNE)
 
-    return among_candidates
+    return add_candidates
 
 
-def _log_expected(log_frequency: np.ndarray, number: int) -> np.ndarray:
-    """Compute the logarithm of the probability of each token to be among so many different ones, float32 (V,)."""
+def _log_expected(log_frequency: np.ndarray, num_candidates: int) -> np.ndarray:
+    """Compute the log-probability of each token to be among this many distinct draws, `float32 (V,)`."""
     log_missed = np.log1p(-np.exp(log_frequency))  # in one draw
-    low, high = 1.0, 1e12  # draws that give so many different tokens
+    low, high = 1.0, 1e12  # bounds of the number of draws that give so many distinct tokens
     for _ in range(100):
         draws = math.sqrt(low * high)
-        low, high = (low, draws) if -np.expm1(draws * log_missed).sum() > number else (draws, high)
+        low, high = (low, draws) if -np.expm1(draws * log_missed).sum() > num_candidates else (draws, high)
     return np.log(-np.expm1(high * log_missed)).astype(np.float32)
 
 
 def check_targets(targets, vocab_size: int) -> None:
-    """Refuse an array of targets that are no tokens, where indexing would take another token or leave the array."""
+    """Refuse targets outside the vocabulary, where indexing would read another token or other memory."""
     if targets.size and not 0 <= (first := targets.min()) <= (last := targets.max()) < vocab_size:
         wrong = first if first < 0 else last
         raise ValueError(f"Targets must be from 0 to {vocab_size - 1}, the tokens of the vocabulary, got {wrong}.")

@@ -80,7 +80,7 @@ def test_the_same_command_resumes_a_stopped_training(corpus, tmp_path, capsys, m
         assert main(arguments) == 0
         out = capsys.readouterr().out
         steps.append(int(re.search(r"stopped after (\d+) of 1000000 steps; what was learned is kept", out)[1]))
-    assert f"goes on after step {steps[0]:,}, kept in runs" in out
+    assert f"resumes after step {steps[0]:,} from runs" in out
     assert 0 < steps[0] < steps[1]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [f"{corpus.stem}-transformer"]
     message = only_error(capsys, [*arguments, "--learning-rate", "0.5"])

@@ -61,11 +61,11 @@ def test_a_demo_that_is_stopped_resumes_in_the_same_folder(tmp_path, monkeypatch
     end = Session.on_train_batch_end
     steps = []
 
-    def stop_in_the_second_model(course, batch, logs=None):
-        steps.append(course.step)
+    def stop_in_the_second_model(session, batch, logs=None):
+        steps.append(session.step)
         if len(steps) == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        end(course, batch, logs)
+        end(session, batch, logs)
 
     monkeypatch.setattr(Session, "on_train_batch_end", stop_in_the_second_model)
     assert main(["demo"]) == 130
@@ -77,7 +77,7 @@ def test_a_demo_that_is_stopped_resumes_in_the_same_folder(tmp_path, monkeypatch
     assert main(["demo"]) == 0
     out = capsys.readouterr().out
     assert "transformer: trained before" in out
-    assert "goes on after step 2" in out
+    assert "resumes after step 2" in out
     assert os.listdir("runs") == ["demo"]
     assert len(steps) == 8
     assert read_run("runs/demo/lstm")["settings"]["steps"] == 4

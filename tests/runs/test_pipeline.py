@@ -92,7 +92,7 @@ def test_what_fails_after_the_training_loses_nothing(documents, tmp_path, monkey
     monkeypatch.setattr("aigc_tf.runs.encoded_text.make_store", lambda *args, **settings: 1 / 0)
     capsys.readouterr()
     figures = run_pipeline(documents, tmp_path / "run", **SMALL)  # neither trained nor encoded again
-    assert "goes on after step 2" in capsys.readouterr().out
+    assert "resumes after step 2" in capsys.readouterr().out
     assert aigc_tf.read_run(tmp_path / "run")["figures"] == figures
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -349,7 +349,7 @@ def test_a_stopped_search_resumes_with_the_unfinished_trial(documents, tmp_path,
     lines = []
     monkeypatch.setattr(NoDisplay, "line", lambda self, text: lines.append(text))
     trials = tune(documents, folder, RATES, trials=2, progress=False, **fixed)
-    assert [line.rpartition(" ")[2] for line in lines if line.startswith("goes on after step")] == newest
+    assert [line.rpartition(" ")[2] for line in lines if line.startswith("resumes after step")] == newest
     assert recorded(folder)[:1] == kept
     assert sorted(trial["trial"] for trial in trials) == [1, 2]
     assert names(folder) == ["best", "trials.json"]

@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_is_skipped_and_said(build_one, documents, tokenize
     again = run(build_one, documents, tokenizer, tmp_path, progress=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"warning: {newest} is damaged, and skipped"
-    assert lines[1].startswith("goes on after step 11, kept in ")
+    assert lines[1].startswith("resumes after step 11 from ")
     require_equal(state_of(*again, tmp_path), expected)
 
 
@@ -250,7 +250,7 @@ def test_a_log_that_cannot_be_written_says_so(build_one, documents, tokenizer, t
         raise OSError(28, "No space left on device", ".1-log.csv")
 
     monkeypatch.setattr("aigc_tf.training.session.atomic_write", fail)
-    with pytest.raises(OSError, match="the log of step 0 cannot be written. There is none before it. Make room") as e:
+    with pytest.raises(OSError, match="the log of step 0 cannot be written. There is no earlier checkpoint. Free") as e:
         run(build_one, documents, tokenizer, tmp_path)
     assert e.value.filename == str(tmp_path / "log.csv")
 

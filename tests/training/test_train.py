@@ -13,9 +13,7 @@ from aigc_tf.generation.engines.engine import model_weights
 from aigc_tf.models.weights import LstmWeights, TransformerWeights
 from aigc_tf.runtime.backend import keras
 from aigc_tf.training.checkpoints import list_checkpoints
-from aigc_tf.training.optimizer import WarmupStableDecay, adamw
 from aigc_tf.training.session import Session
-from aigc_tf.training.train import _blocks
 
 T = 20
 
@@ -27,9 +25,9 @@ def run(build, documents, tokenizer, **settings):
     return model, train(model, data, tokenizer, documents[:10], **settings)
 
 
-def test_it_learns_documents_by_heart(build, documents, tokenizer):
-    few = documents[:6:3]  # alike up to the comma: the choice between them costs 1 bit, and nothing else should
-    context = len(few[0]) + 1  # a window a document
+def test_a_model_memorises_documents(build, documents, tokenizer):
+    few = documents[:6:3]  # the same up to the comma: only the choice between them should cost anything, 1 bit
+    context = len(few[0]) + 1  # one window for each document
     model = build(tokenizer.vocab_size, context, num_layers=1, hidden_dim=64, dropout=0.0)
     data = make_dataset(few, tokenizer, context, 2, seed=0)
     train(model, data, tokenizer, few, steps=200, learning_rate=1e-2, validations=1, progress=False)
@@ -46,34 +44,26 @@ def test_the_same_seed_gives_the_same_history(build, documents, tokenizer):
 
 
 @pytest.mark.parametrize(("steps", "validations", "at"), [(7, 3, [3, 6, 7]), (6, 2, [3, 6]), (2, 9, [1, 2])])
-def test_it_takes_exactly_the_steps_asked_for(build, documents, tokenizer, steps, validations, at):
+def test_training_has_exactly_the_given_number_of_steps(build, documents, tokenizer, steps, validations, at):
     model, history = run(build, documents, tokenizer, steps=steps, validations=validations)
     assert history["step"] == at
     assert int(model.optimizer.iterations) == steps
     assert {len(values) for values in history.values()} == {len(at)}
 
 
-def test_blocks_of_steps_are_the_same_steps(build, documents, tokenizer, monkeypatch, tmp_path):
+def test_training_in_blocks_of_steps_is_the_same_training(build, documents, tokenizer, monkeypatch, tmp_path):
     settings = {"steps": 11, "validations": 3}
     _, history = run(build, documents, tokenizer, **settings)
     assert history["step"] == [4, 8, 11]
-    monkeypatch.setattr(
-        "aigc_tf.training.train.uses_accelerator", lambda: True
-    )  # which take them without a look from Python
+    monkeypatch.setattr("aigc_tf.training.loop.uses_accelerator", lambda: True)
     settings |= {"run_dir": tmp_path, "checkpoint_steps": 3, "keep_checkpoints": 9}
     _, same = run(build, documents, tokenizer, **settings)
-    assert same["step"] == [6, 9, 11]  # after the blocks in which they were due
+    assert same["step"] == [6, 9, 11]  # each after the block in which it was due
     assert same["bits_per_char"][-1] == pytest.approx(history["bits_per_char"][-1], rel=1e-6)
     sums = [np.diff([0, *h["step"]]) @ h["loss"] for h in (history, same)]
     assert sums[0] == pytest.approx(sums[1], rel=1e-6)
     steps = [int(path.name.split("-")[1]) for path in list_checkpoints(tmp_path / "checkpoints")]
     assert steps == [3, 6, 9, 11]
-
-
-def test_a_prime_number_of_steps_is_taken_in_blocks_too():
-    assert _blocks(2003, 16) == [(2000, 16), (3, 3)]
-    assert _blocks(7, 16) == [(7, 7)]
-    assert _blocks(32, 16) == [(32, 16)]
 
 
 def test_validation_is_bounded_and_encodes_once(build, documents, tokenizer, monkeypatch):
@@ -84,7 +74,7 @@ def test_validation_is_bounded_and_encodes_once(build, documents, tokenizer, mon
     encode = Tokenizer.encode_documents
     monkeypatch.setattr(Tokenizer, "encode_documents", lambda *args: (encoded.append(args), encode(*args))[1])
     history = train(model, data, tokenizer, documents, steps=2, validations=2, num_candidates=0, progress=False)
-    assert len(encoded) == 2  # to choose, and to evaluate, however many validations there are
+    assert len(encoded) == 2  # once to choose and once to evaluate, for any number of validations
     chosen = sample_documents(documents, tokenizer, 60)
     assert 60 <= sum(map(len, tokenizer.encode_documents(chosen))) < 60 + 40
     assert set(chosen) < set(documents)
@@ -112,51 +102,8 @@ def test_the_best_weights_are_kept(build, documents, tokenizer):
     assert evaluate(model, tokenizer, documents[40:])["bits_per_char"] == pytest.approx(best, rel=1e-5)
 
 
-def test_weight_decay_spares_biases_and_norms(build, tokenizer):
-    model = build(tokenizer.vocab_size, T)
-    for weight in model.trainable_weights:
-        weight.assign(np.ones(weight.shape))
-    optimizer = adamw(0.5, weight_decay=0.1, clip_norm=1.0)
-    optimizer.build(model.trainable_weights)
-    optimizer.apply([keras.ops.zeros(weight.shape) for weight in model.trainable_weights])
-    for weight in model.trainable_weights:
-        spared = weight.path.endswith(("bias", "beta", "gamma"))
-        np.testing.assert_allclose(np.asarray(weight), 1.0 if spared else 0.95, rtol=1e-6, err_msg=weight.path)
-
-
-def test_gradients_are_clipped_by_their_global_norm():
-    optimizer = adamw(1.0, weight_decay=0.0, clip_norm=1.0)
-    clipped = optimizer._clip_gradients([keras.ops.full((2,), 30.0), keras.ops.full((2,), 40.0)])
-    norm = math.sqrt(sum(float(keras.ops.sum(g * g)) for g in clipped))
-    assert norm == pytest.approx(1.0, rel=1e-5)
-
-
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="JAX clips the sum by itself")
-def test_gradients_of_several_devices_are_not_clipped_one_by_one_unnoticed(monkeypatch):
-    monkeypatch.setattr("aigc_tf.training.optimizer.num_replicas", lambda: 2)
-    owner = next(kind for kind in keras.optimizers.AdamW.__mro__ if "_clip_gradients" in vars(kind))
-    monkeypatch.delattr(owner, "_clip_gradients")  # as another Keras may have it
-    with pytest.raises(RuntimeError, match="clipped together with this Keras: AdamW lacks _clip_gradients"):
-        adamw(1.0, weight_decay=0.0, clip_norm=1.0)
-    adamw(1.0, weight_decay=0.0, clip_norm=None)
-
-
-def test_the_learning_rate_warms_up_stays_and_falls():
-    schedule = WarmupStableDecay(1e-2, 200)
-    rates = [float(schedule(step)) for step in range(200)]
-    for steps, expected in [
-        ((0, 4, 9), (1e-3, 5e-3, 1e-2)),
-        ((10, 100, 139), (1e-2, 1e-2, 1e-2)),
-        ((140, 170, 185, 199), (1e-2, 5e-3, 2.5e-3, 1e-2 / 60)),
-    ]:
-        assert [rates[step] for step in steps] == pytest.approx(expected)
-    # Also where there are too few steps for that.
-    for steps in (1, 2, 3):
-        assert all(0 < float(WarmupStableDecay(1e-2, steps)(step)) <= 1e-2 for step in range(steps))
-
-
 @pytest.mark.parametrize("num_microbatches", [1, 2])
-def test_a_trained_model_is_still_one_that_generate_reads_and_keras_saves(
+def test_a_trained_model_still_generates_and_can_be_saved_by_keras(
     build, documents, tokenizer, tmp_path, num_microbatches
 ):
     model, _ = run(build, documents, tokenizer, num_microbatches=num_microbatches)
@@ -166,7 +113,7 @@ def test_a_trained_model_is_still_one_that_generate_reads_and_keras_saves(
     assert float(schedule(1)) == float(model.optimizer._learning_rate(1))
 
 
-def test_the_run_folder_has_logs_of_what_history_says(build, documents, tokenizer, tmp_path):
+def test_the_logs_have_the_figures_of_the_history(build, documents, tokenizer, tmp_path):
     _, history = run(build, documents, tokenizer, run_dir=tmp_path / "run")
     with open(tmp_path / "run" / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -191,9 +138,9 @@ def test_ctrl_c_ends_early_and_keeps_what_was_learned(build, documents, tokenize
     model = build(tokenizer.vocab_size, T, num_layers=1)
     data = make_dataset(documents, tokenizer, T, 4, seed=0)
 
-    def stop_at_first_step(course, batch, logs=None, end=Session.on_train_batch_end):
+    def stop_at_first_step(session, batch, logs=None, end=Session.on_train_batch_end):
         os.kill(os.getpid(), signal.SIGINT)
-        end(course, batch, logs)
+        end(session, batch, logs)
 
     monkeypatch.setattr(Session, "on_train_batch_end", stop_at_first_step)
     history = train(model, data, tokenizer, documents[:10], steps=1_000_000, validations=1, progress=False)
@@ -218,46 +165,46 @@ def test_progress_reads_well(build, documents, tokenizer, capsys):
     assert lines[-1].endswith("0:00 left")
 
 
-def test_a_loss_that_is_no_number_stops_with_the_step(build, documents, tokenizer):
+def test_a_loss_that_is_not_finite_stops_the_training(build, documents, tokenizer):
     with pytest.raises(ValueError, match=r"The loss became (nan|inf) at step \d+ with a learning rate of"):
         run(build, documents, tokenizer, learning_rate=1e38, steps=20)
 
 
-def test_a_held_out_figure_that_is_no_number_stops_with_the_step(build, documents, tokenizer, monkeypatch):
+def test_a_validation_figure_that_is_not_finite_stops_the_training(build, documents, tokenizer, monkeypatch):
     monkeypatch.setattr("aigc_tf.training.session.evaluate_with_scorer", lambda *args: {"bits_per_char": math.nan})
     with pytest.raises(ValueError, match="The bits per character on the held-out documents became nan at step 4"):
         run(build, documents, tokenizer)
 
 
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras' own word
-def test_data_that_ends_before_the_steps_is_said(build, documents, tokenizer):
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # from Keras
+def test_data_with_too_few_batches_is_refused(build, documents, tokenizer):
     data = make_dataset(documents, tokenizer, T, 4)
     model, steps = build(tokenizer.vocab_size, T, num_layers=1), int(data.cardinality()) + 1
     settings = {"steps": steps, "validations": 1, "num_candidates": 0, "progress": False}
-    # Of a known number of batches, and of one that is not.
+    # With a known number of batches, and an unknown one.
     for train_data in (data, data.filter(lambda *_: True)) if hasattr(data, "filter") else (data,):
         with pytest.raises(ValueError, match=rf"ended after {steps - 1} of {steps} batches; .*seed=0\) is endless"):
             train(model, train_data, tokenizer, documents[:2], **settings)
 
 
-def test_batches_of_no_fixed_size_are_refused(build, documents, tokenizer):
+def test_batches_of_varying_size_are_refused(build, documents, tokenizer):
     pytest.importorskip("tensorflow")
     data = make_dataset(documents, tokenizer, T, 4, seed=0).unbatch().batch(4)
     with pytest.raises(ValueError, match=r"batches of one shape \(B, T\), got \(None, 20\).*drop_remainder=True"):
         train(build(tokenizer.vocab_size, T), data, tokenizer, documents[:2], steps=1)
 
 
-WRONG_SETTINGS = {
+INVALID_SETTINGS = {
     "learning_rate": [0.0, -1.0, math.nan, math.inf],
     "weight_decay": [-1.0, math.nan, math.inf],
     "clip_norm": [0.0, -1.0, math.nan, math.inf],
 }
 
 
-def test_wrong_settings_are_said(build, documents, tokenizer):
+def test_invalid_settings_are_refused(build, documents, tokenizer):
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         run(build, documents, tokenizer, steps=0)
-    for name, values in WRONG_SETTINGS.items():
+    for name, values in INVALID_SETTINGS.items():
         for value in values:
             with pytest.raises(ValueError, match=f"{name} must be finite and .*, got {value}"):
                 run(build, documents, tokenizer, **{name: value})
@@ -268,16 +215,16 @@ def test_wrong_settings_are_said(build, documents, tokenizer):
         train(build(tokenizer.vocab_size, T), data, tokenizer, [""], steps=1)
 
 
-def test_data_that_lost_what_make_dataset_knows_is_said(build, documents, tokenizer, capsys):
+def test_data_that_does_not_come_straight_from_make_dataset_is_pointed_out(build, documents, tokenizer, capsys):
     pytest.importorskip("tensorflow")
     data = make_dataset(documents, tokenizer, 8, 4, seed=0)
-    said = "train_data is not as make_dataset returned it"
+    message = "train_data does not come straight from make_dataset"
     for train_data, expected in ((data, False), (data.map(lambda x, y: (x, y)), True)):
         train(build(tokenizer.vocab_size, 8), train_data, tokenizer, documents[:2], steps=1, validations=1)
-        assert (said in capsys.readouterr().out) == expected
+        assert (message in capsys.readouterr().out) == expected
 
 
-def test_a_model_that_is_no_graph_is_refused_and_trains_when_wrapped(documents, tokenizer):
+def test_a_subclassed_model_is_refused_and_trains_when_wrapped(documents, tokenizer):
     class Bigrams(keras.Model):
         def __init__(self):
             super().__init__()

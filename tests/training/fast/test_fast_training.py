@@ -7,7 +7,7 @@ from aigc_tf.runtime.backend import keras, tf
 from aigc_tf.training.fast import fast_training as module
 from aigc_tf.training.fast.fast_training import fast_model, fast_training, passes_problem
 from aigc_tf.training.fast.fused_layers import ModelWithPasses
-from aigc_tf.training.train import compile_model
+from aigc_tf.training.optimizer import compile_model
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="passes are for TensorFlow")

@@ -6,7 +6,7 @@ from aigc_tf.runtime.backend import fused, keras, tf
 from aigc_tf.training.fast import lstm_loop
 from aigc_tf.training.fast.fast_training import fast_model
 from aigc_tf.training.fast.lstm_loop import OwnLoop
-from aigc_tf.training.train import compile_model
+from aigc_tf.training.optimizer import compile_model
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="other backends have other loops")
 
