@@ -13,9 +13,9 @@ from pathlib import Path
 from device_check import row
 
 TESTS = [
-    "tests/models", "tests/training/test_train.py", "tests/training/test_optimizer.py", "tests/training/test_checkpoints.py",
-    "tests/training/test_sampled_softmax.py", "tests/generation/engines/test_device_loop.py",
-    "tests/runtime/test_distribution.py",
+    "tests/models", "tests/training/test_train.py", "tests/training/test_optimizer.py",
+    "tests/training/test_checkpoints.py", "tests/training/test_sampled_softmax.py",
+    "tests/generation/engines/test_device_loop.py", "tests/runtime/test_distribution.py",
 ]  # fmt: skip
 
 
