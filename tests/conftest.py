@@ -16,6 +16,9 @@ if not ON_DEVICE:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["JAX_PLATFORMS"] = "cpu"
 
+# What is faster than Keras alone is made of TensorFlow.
+collect_ignore = ["training/fast"] if os.environ.get("KERAS_BACKEND") == "jax" else []
+
 # The same examples each time, and no verdict by the clock: a busy machine is no fault of the code.
 settings.register_profile("here", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")

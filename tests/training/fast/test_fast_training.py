@@ -10,7 +10,6 @@ from aigc_tf.training.fast.fused_layers import ModelWithPasses
 from aigc_tf.training.optimizer import compile_model
 
 pytest.importorskip("numba")
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="passes are for TensorFlow")
 V, T, B = 50, 9, 4
 PASSES = "elementwise operations in passes compiled by numba"
 LOOP = "LSTM layers in a loop of our own"

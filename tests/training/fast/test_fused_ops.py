@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-tf = pytest.importorskip("tensorflow")
+from aigc_tf.runtime.backend import tf
+
 passes = pytest.importorskip("aigc_tf.training.fast.fused_ops", reason="numba is not installed")
 BFLOAT16 = tf.bfloat16.as_numpy_dtype
 # Odd widths, and arrays of more and of less than one thread's work.

@@ -8,8 +8,6 @@ from aigc_tf.training.fast.fast_training import fast_model
 from aigc_tf.training.fast.lstm_loop import OwnLoop
 from aigc_tf.training.optimizer import compile_model
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="other backends have other loops")
-
 V, T, B = 50, 9, 5
 
 
