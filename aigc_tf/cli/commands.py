@@ -81,16 +81,16 @@ def _one_line(error: Exception) -> str:
 
 
 def _demo(options) -> None:
-    from .demo import is_unfinished, run_demo
+    from .demo import is_unfinished_demo, run_demo
 
     def run(folder):
         run_demo(folder, steps_fraction=options.steps_fraction, seed=options.seed)
 
-    _run_in_folder(run, options.out, "demo", is_unfinished)
+    _run_in_folder(run, options.out, "demo", is_unfinished_demo)
 
 
 def _train(options) -> None:
-    from ..runs.pipeline import is_unfinished, run_pipeline
+    from ..runs.pipeline import is_unfinished_run, run_pipeline
     from ..runtime.distribution import use_devices
 
     if options.devices is not None or options.model_parallel > 1:
@@ -104,7 +104,7 @@ def _train(options) -> None:
         documents = documents or read_documents(options)
         run_pipeline(documents, folder, **settings)
 
-    folder = _run_in_folder(run, options.out, f"{default_run_name(options)}-{options.model}", is_unfinished)
+    folder = _run_in_folder(run, options.out, f"{default_run_name(options)}-{options.model}", is_unfinished_run)
     print(f"saved in {folder}; generate text with it: aigc-tf generate {folder} ...")
 
 

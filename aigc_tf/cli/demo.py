@@ -114,7 +114,7 @@ def run_demo(
     return figures
 
 
-def is_unfinished(folder: Path) -> bool:
+def is_unfinished_demo(folder: Path) -> bool:
     """Check whether a folder holds a demo to resume, and nothing else."""
     names = {path.name for path in folder.iterdir()}
     return names <= {LOCK, *MODELS} and not all(_is_complete(folder / name) for name in MODELS)

@@ -55,20 +55,20 @@ def segment(
 
 def segmenter(user_dict: tuple[str, ...] = (), hmm: bool = False) -> Callable[[str], list[str]]:
     """Return the function that cuts a text. Its dictionary is loaded once and shared by later calls."""
-    if not hmm and is_rust(user_dict):
+    if not hmm and uses_rjieba(user_dict):
         return _rust_cut()
     jieba_tokenizer = _jieba_tokenizer(user_dict)
     return functools.partial(jieba_tokenizer.lcut, HMM=hmm)
 
 
-def is_rust(user_dict: Sequence[str] = ()) -> bool:
-    """Return whether text is cut in Rust: the extra `fast` is installed, and there is no user dictionary."""
+def uses_rjieba(user_dict: Sequence[str] = ()) -> bool:
+    """Return whether rjieba cuts text, in Rust: the extra `fast` is installed, and there is no user dictionary."""
     return not user_dict and _rust_cut() is not None
 
 
 def default_processes(num_chars: int, unit: str, user_dict: Sequence[str] = ()) -> int:
     """Choose in how many processes to segment and encode text: several only if they repay their start."""
-    if unit == "char" or num_chars < (100_000_000 if is_rust(user_dict) else 10_000_000):
+    if unit == "char" or num_chars < (100_000_000 if uses_rjieba(user_dict) else 10_000_000):
         return 1
     return usable_cores()
 

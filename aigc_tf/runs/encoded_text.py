@@ -17,7 +17,7 @@ from ..runtime.distribution import num_hosts
 from ..runtime.files import hold_lock, rename, temporary_path
 
 
-def encode_once(
+def encode_or_open(
     documents: list[str], unit: str, vocab_size: int | None, user_dict, folder: Path
 ) -> tuple[Tokenizer, np.ndarray]:
     """Train a tokenizer and encode documents with it, or open what another call has kept in `folder`.

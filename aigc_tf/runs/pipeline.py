@@ -20,7 +20,7 @@ from ..runtime.files import locked
 from ..training.checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
 from ..training.optimizer import check_optimization
 from ..training.train import train
-from .encoded_text import encode_once
+from .encoded_text import encode_or_open
 from .estimate import memory_warning
 from .folder import add_to_run, has_run, save
 from .tables import figure_line, in_words
@@ -140,7 +140,7 @@ def run_pipeline(
                 "write them; the held-out documents are unchanged"
             )
         text_dir = Path(folder, CHECKPOINTS, "text") if text_dir is None else Path(text_dir)
-        tokenizer, ids = encode_once(train_documents, unit, vocab_size, user_dict, text_dir)
+        tokenizer, ids = encode_or_open(train_documents, unit, vocab_size, user_dict, text_dir)
         train_data = make_dataset(ids, tokenizer, context, batch_size, seed)
         settings["steps"] = steps = steps or default_steps(len(ids), batch_size * context)
 
@@ -218,7 +218,7 @@ def run_pipeline(
         return figures
 
 
-def is_unfinished(folder: Path) -> bool:
+def is_unfinished_run(folder: Path) -> bool:
     """Check whether a folder holds a training to resume, and nothing that resuming would overwrite."""
     if list_checkpoints(folder / CHECKPOINTS):
         return True

@@ -123,7 +123,7 @@ def allows(space: dict, name: str, value) -> bool:
     return low <= value <= high or math.isclose(value, low) or math.isclose(value, high)
 
 
-def without_unused(settings: dict, fixed: dict | None = None) -> dict:
+def effective_settings(settings: dict, fixed: dict | None = None) -> dict:
     """Add fixed settings to those of a trial, and leave out those without an effect: an LSTM has no attention heads."""
     unused = {name for name, (other, only) in _ONLY_FOR.items() if settings.get(other, only) != only}
     return {name: value for name, value in {**(fixed or {}), **settings}.items() if name not in unused}

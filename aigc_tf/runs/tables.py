@@ -24,11 +24,11 @@ def in_words(name: str) -> str:
     return _WORDS.get(name, name.replace("_per_char", " per character").replace("_", " "))
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Write a number: an integer in full, another to four decimals, or below 1 to four significant digits.
 
     Example:
-        >>> number(22084.0), number(7.251795), number(0.0040012345)
+        >>> format_number(22084.0), format_number(7.251795), format_number(0.0040012345)
         ('22,084', '7.2518', '0.004001')
     """
     if isinstance(value, int):  # also one that is too large for a float
@@ -38,11 +38,11 @@ def number(value: float) -> str:
     return f"{value:,.4f}" if abs(value) >= 1 else f"{value:.4g}"
 
 
-def scaled(value: float) -> str:
+def format_si(value: float) -> str:
     """Write a number to three significant digits, with the metric prefix of a unit that follows.
 
     Example:
-        >>> scaled(4_440_000) + "B"
+        >>> format_si(4_440_000) + "B"
         '4.44 MB'
     """
     value = float(f"{value:.3g}")  # first, or 999,999 would be 1000 k
@@ -50,12 +50,12 @@ def scaled(value: float) -> str:
     return f"{value / 1000**power:.3g} {'kMGTPE'[power - 1] if power else ''}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Write a time in the unit that suits it.
 
     Example:
-        >>> duration(0.0123), duration(0.9996), duration(75), duration(600), duration(9000), duration(400_000)
-        ('12.3 ms', '1 s', '75 s', '10 min', '2.5 h', '4.63 days')
+        >>> [format_duration(seconds) for seconds in (0.0123, 0.9996, 75, 600, 9000, 400_000)]
+        ['12.3 ms', '1 s', '75 s', '10 min', '2.5 h', '4.63 days']
     """
     seconds = float(f"{seconds:.3g}")  # first, or 0.9996 s would be 1000 ms
     for unit, size, until in (("ms", 1e-3, 1), ("s", 1, 100), ("min", 60, 6000), ("h", 3600, 48 * 3600)):
@@ -66,19 +66,19 @@ def duration(seconds: float) -> str:
 
 def figure_line(name: str, value: float) -> str:
     """Write one figure as a line of a table, with its name in words."""
-    return f"{in_words(name):32}{number(value):>14}"
+    return f"{in_words(name):32}{format_number(value):>14}"
 
 
 def _bytes(value: float) -> str:
-    return f"{scaled(value)}B"
+    return f"{format_si(value)}B"
 
 
 # What the figures of `estimate` are called, and how their values are written.
 _ESTIMATE = {
-    "parameters": ("parameters", number),
-    "forward_flops_per_token": ("forward pass, per token", lambda n: f"{scaled(n)}FLOPs"),
-    "train_flops_per_token": ("training, per token", lambda n: f"{scaled(n)}FLOPs"),
-    "train_flops": ("whole training", lambda n: f"{scaled(n)}FLOPs"),
+    "parameters": ("parameters", format_number),
+    "forward_flops_per_token": ("forward pass, per token", lambda n: f"{format_si(n)}FLOPs"),
+    "train_flops_per_token": ("training, per token", lambda n: f"{format_si(n)}FLOPs"),
+    "train_flops": ("whole training", lambda n: f"{format_si(n)}FLOPs"),
     "weights_bytes": ("weights", _bytes),
     "gradients_bytes": ("gradients", _bytes),
     "optimizer_bytes": ("optimizer", _bytes),
@@ -88,13 +88,13 @@ _ESTIMATE = {
     "peak_memory_bytes": ("peak memory", _bytes),
     "generation_bytes_per_text": ("generation, per text", _bytes),
     "available_memory_bytes": ("free memory", _bytes),
-    "num_candidates": ("tokens in the softmax", lambda n: number(n) if n else "all"),
-    "step_seconds": ("time per step", duration),
+    "num_candidates": ("tokens in the softmax", lambda n: format_number(n) if n else "all"),
+    "step_seconds": ("time per step", format_duration),
     "tokens_per_second": ("speed", lambda n: f"{n:,.0f} tokens/s"),
-    "validation_hours": ("validation time", lambda hours: duration(3600 * hours)),
-    "hours": ("total time", lambda hours: duration(3600 * hours)),
-    "watts": ("power", lambda watts: f"{scaled(watts)}W"),
-    "kilowatt_hours": ("energy", lambda kilowatt_hours: f"{scaled(1000 * kilowatt_hours)}Wh"),
+    "validation_hours": ("validation time", lambda hours: format_duration(3600 * hours)),
+    "hours": ("total time", lambda hours: format_duration(3600 * hours)),
+    "watts": ("power", lambda watts: f"{format_si(watts)}W"),
+    "kilowatt_hours": ("energy", lambda kilowatt_hours: f"{format_si(1000 * kilowatt_hours)}Wh"),
 }
 
 
@@ -141,7 +141,7 @@ def _shown(value, is_setting: bool) -> str:
     if isinstance(value, float) and is_setting:
         return f"{value:.6g}"
     if isinstance(value, int | float):
-        return str(value) if is_setting else number(value)
+        return str(value) if is_setting else format_number(value)
     if isinstance(value, list):
         return ", ".join(_shown(one, is_setting) for one in value) or "none"
     if isinstance(value, dict):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..runtime.files import parse_json, write_json
-from .search_space import allows, without_unused
+from .search_space import allows, effective_settings
 
 TRIALS, BEST = "trials.json", "best"
 _OF_A_TRIAL = ("trial", "settings", "bits_per_char", "seconds", "error")
@@ -65,7 +65,7 @@ def _is_trial(trial, space: dict) -> bool:
             and number > 0
             and _is_finite(seconds)
             and isinstance(settings, dict)
-            and without_unused({**dict.fromkeys(space), **settings}).keys() <= settings.keys() <= space.keys()
+            and effective_settings({**dict.fromkeys(space), **settings}).keys() <= settings.keys() <= space.keys()
             and all(allows(space, name, value) for name, value in settings.items())
         )
     except OverflowError:  # an integer that no float can hold
@@ -98,17 +98,17 @@ def keep_best(folder: Path, trials: list[dict]) -> None:
             shutil.rmtree(path)
 
 
-def rank(trial: dict) -> tuple:
+def sort_key(trial: dict) -> tuple:
     """Return the key that sorts trials: best first, failed last."""
     return trial["error"] is not None, trial["bits_per_char"] or 0.0, trial["trial"]
 
 
 def best_trial(trials: list[dict]) -> dict | None:
     """Return the best trial, or None if none has succeeded."""
-    return min((trial for trial in trials if not trial["error"]), key=rank, default=None)
+    return min((trial for trial in trials if not trial["error"]), key=sort_key, default=None)
 
 
-def counted(trials: list[dict]) -> str:
+def count_in_words(trials: list[dict]) -> str:
     """Return the number of trials in words: "1 trial", "2 trials"."""
     return "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
 
@@ -123,7 +123,7 @@ def trials_table(trials: list[dict]) -> str:
             1     7.5000       61  dropout 0.1
     """
     lines = ["trial  bits/char  seconds  settings"]
-    for trial in sorted(trials, key=rank):
+    for trial in sorted(trials, key=sort_key):
         bits = "failed" if trial["error"] else f"{trial['bits_per_char']:.4f}"
         reason = f": {trial['error']}" if trial["error"] else ""
         settings = _settings_in_words(trial["settings"])

@@ -18,8 +18,8 @@ from ..corpus.documents import documents_sha256
 from ..runtime.files import locked
 from .folder import read_run
 from .pipeline import run_pipeline
-from .search_space import TYPES, check_space, without_unused
-from .trials import best_trial, counted, keep_best, progress_line, rank, read_trials, write_trials
+from .search_space import TYPES, check_space, effective_settings
+from .trials import best_trial, count_in_words, keep_best, progress_line, read_trials, sort_key, write_trials
 
 _TEXT = ".text"  # the token ids, shared by trials that tokenise alike
 # What the proposals use of KerasTuner that it may change without notice.
@@ -106,7 +106,7 @@ def tune(
         records = read_trials(folder, search, space)
         keep_best(folder, records)
         if records:
-            show(f"resuming after {counted(records)}, kept in {folder}", flush=True)
+            show(f"resuming after {count_in_words(records)}, kept in {folder}", flush=True)
         try:
             while (trials is None or len(records) < trials) and not _is_hopeless(records):
                 settings = _propose(space, records, seed)
@@ -120,7 +120,10 @@ def tune(
                 if minutes is not None and time.monotonic() - began >= 60 * minutes:
                     break
         except KeyboardInterrupt:
-            show(f"stopped after {counted(records)}, kept in {folder}; the same call resumes the search", flush=True)
+            show(
+                f"stopped after {count_in_words(records)}, kept in {folder}; the same call resumes the search",
+                flush=True,
+            )
             raise
         shutil.rmtree(folder / _TEXT, ignore_errors=True)
     if best_trial(records) is None:
@@ -128,7 +131,7 @@ def tune(
             f"{'The only trial' if len(records) == 1 else f'All {len(records)} trials'} failed. "
             f"The last error was: {records[-1]['error']} Search another space, in another folder."
         )
-    return sorted(records, key=rank)
+    return sorted(records, key=sort_key)
 
 
 def _keras_tuner():
@@ -180,13 +183,13 @@ def _propose(space: dict, records: list[dict], seed: int) -> dict | None:
     with warnings.catch_warnings(), threadpool_limits(1):
         # The Gaussian process warns at the bounds of its length scale, which it reaches with few trials.
         warnings.simplefilter("ignore")
-        settings = without_unused(oracle.populate_space("next")["values"])
+        settings = effective_settings(oracle.populate_space("next")["values"])
     tried = [record["settings"] for record in records]
     # In a finite space, so many draws miss the last settings left less than once in e^50 times.
     for _ in range(100 * (len(records) + 1)):
         if settings not in tried:
             return settings
-        settings = without_unused({hp.name: hp.random_sample(rng.getrandbits(32)) for hp in hyperparameters.space})
+        settings = effective_settings({hp.name: hp.random_sample(rng.getrandbits(32)) for hp in hyperparameters.space})
     return None
 
 
@@ -206,7 +209,7 @@ def _run_trial(documents: list[str], folder: Path, number: int, settings: dict, 
     run_folder = folder / f"trial-{number}"
     began = time.monotonic()
     bits = error = None
-    given = without_unused(settings, fixed)
+    given = effective_settings(settings, fixed)
     try:
         with _quiet_tensorflow():
             figures = run_pipeline(documents, run_folder, **given, text_dir=folder / _TEXT, progress=False)

@@ -81,4 +81,4 @@ def test_a_demo_that_is_stopped_resumes_in_the_same_folder(tmp_path, monkeypatch
     assert os.listdir("runs") == ["demo"]
     assert len(steps) == 8
     assert read_run("runs/demo/lstm")["settings"]["steps"] == 4
-    assert not demo.is_unfinished(tmp_path / "runs/demo")  # the next one is another
+    assert not demo.is_unfinished_demo(tmp_path / "runs/demo")  # the next one is another

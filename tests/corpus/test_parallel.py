@@ -115,8 +115,8 @@ def test_a_tokenizer_is_pickled_without_its_cached_tables():
 
 def test_several_processes_are_the_default_only_for_much_text(monkeypatch):
     monkeypatch.setattr(segmentation, "usable_cores", lambda: 7)
-    for is_rust, worth in ((False, 10_000_000), (True, 100_000_000)):
-        monkeypatch.setattr(segmentation, "is_rust", lambda user_dict, is_rust=is_rust: is_rust)
+    for uses_rjieba, worth in ((False, 10_000_000), (True, 100_000_000)):
+        monkeypatch.setattr(segmentation, "uses_rjieba", lambda user_dict, uses_rjieba=uses_rjieba: uses_rjieba)
         assert segmentation.default_processes(worth, "word") == 7
         assert segmentation.default_processes(worth - 1, "word") == 1
         assert segmentation.default_processes(worth, "char") == 1

@@ -4,7 +4,7 @@ import pytest
 from conftest import message_of
 
 import aigc_tf
-from aigc_tf.runs.pipeline import SETTINGS, default_steps, is_unfinished, run_pipeline
+from aigc_tf.runs.pipeline import SETTINGS, default_steps, is_unfinished_run, run_pipeline
 from aigc_tf.runtime.backend import keras
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
@@ -68,10 +68,10 @@ def test_settings_that_do_not_fit_together_are_refused_before_anything_is_writte
 def test_a_training_killed_before_its_first_checkpoint_is_unfinished(tmp_path):
     for name in (".lock", ".0123456789ab-log.csv", "log.csv"):
         (tmp_path / name).touch()
-    assert is_unfinished(tmp_path)
+    assert is_unfinished_run(tmp_path)
     (tmp_path / ".saving").mkdir()
     (tmp_path / ".saving/run.json").touch()  # a whole run, on its way to its place
-    assert not is_unfinished(tmp_path)
+    assert not is_unfinished_run(tmp_path)
 
 
 def test_one_novel_makes_a_run(documents, tmp_path, capsys):
