@@ -250,8 +250,8 @@ def write_ours(dtype, size, new_tokens):
     model = aigc_tf.transformer(VOCAB_SIZE, CONTEXT, size, dropout=0.0)
     generator = np.random.default_rng(0)
     model.set_weights([generator.normal(0, STDDEV, w.shape) if w.ndim > 1 else w for w in model.get_weights()])
-    write_steps = functools.partial(device_loop.write_steps, dtype=dtype)
-    device_loop.write_steps = write_steps  # `generate_batch` leaves the dtype at float32
+    write_on_device = functools.partial(device_loop.write_on_device, dtype=dtype)
+    device_loop.write_on_device = write_on_device  # `generate_batch` leaves the dtype at float32
     banned = dict.fromkeys(range(259), -float("inf"))  # no text ends early, each token is a character
     settings = {"temperature": 1.0, "top_k": TOP_K, "top_p": None, "logit_bias": banned, "engine": "device"}
 

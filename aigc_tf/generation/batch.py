@@ -31,7 +31,7 @@ class RandomNumbers:
         return self._drawn[np.asarray(rows)[:, None], np.reshape(first, (-1, 1)) + np.arange(count)]
 
 
-class Batch:
+class TextBatch:
     """A batch of texts as token ids, aligned at their newest token, each of which grows by a token at a time.
 
     A text that has used up the positions of a Transformer continues with the newest half of its context, which is read
@@ -126,7 +126,7 @@ def finite_log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-def log_probabilities(texts: Batch, ids: list[list[int]]) -> np.ndarray:
+def log_probabilities(texts: TextBatch, ids: list[list[int]]) -> np.ndarray:
     """Append given ids to texts, and return the log-probability that the model itself gives them, (rows,)."""
     total = np.zeros(len(ids))
     for step in range(max(map(len, ids), default=0)):

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .batch import Batch
-from .processors import log_softmax, top_k
+from .batch import TextBatch
+from .processors import log_softmax, select_top_k
 from .sampler import Sampler
 
 
 def search_beams(
-    texts: Batch,
+    texts: TextBatch,
     sampler: Sampler,
     num_beams: int,
     max_new_tokens: int,
@@ -51,7 +51,7 @@ def search_beams(
             first += num_alive
             vocab_size = total.shape[1]
             # Enough that K continue even if every beam can end.
-            best, places = top_k(total.reshape(1, -1), 2 * num_beams)
+            best, places = select_top_k(total.reshape(1, -1), 2 * num_beams)
             alive = []
             for i in np.argsort(-best[0], kind="stable"):
                 row, token = prompt * num_beams + places[0, i] // vocab_size, places[0, i] % vocab_size
@@ -84,6 +84,6 @@ def _rank(log_probability: float, length: int, length_penalty: float) -> float:
     return length_penalty * math.log(length) - (math.log(-log_probability) if log_probability < 0 else -math.inf)
 
 
-def _written(texts: Batch, row: int) -> list[int]:
+def _written(texts: TextBatch, row: int) -> list[int]:
     (ids,) = texts.written(np.array([row]))
     return ids[ids >= 0].tolist()

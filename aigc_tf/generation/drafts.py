@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..corpus.utf8 import complete_characters
-from .batch import Batch, RandomNumbers, finite_log_softmax
+from .batch import RandomNumbers, TextBatch, finite_log_softmax
 from .engines.engine import Engine
 from .sampler import Sampler
 from .word_order import Tails, WordOrder
@@ -43,7 +43,7 @@ class Place(NamedTuple):
         return self.score / self.num_read
 
 
-class Candidate:
+class DraftedText:
     """A text in progress: what is kept of it, and the newest draft of what follows.
 
     Attributes:
@@ -102,12 +102,12 @@ class Drafter:
         self._order, self._stop, self._room = order, list(stop), max_new_tokens
         self._longest = max(map(len, words))
 
-    def draft(self, make_engine: Callable[[int], Engine], candidates: list[Candidate], rng: RandomNumbers) -> None:
+    def draft(self, make_engine: Callable[[int], Engine], candidates: list[DraftedText], rng: RandomNumbers) -> None:
         """Draft each text to its end, or as far as it looks ahead, and score the words at its places."""
         rows_per_draft = 1 + SCORING_ROWS
         prefixes = [[*one.prefix, *one.kept] for one in candidates for _ in range(rows_per_draft)]
         written = [len(one.kept) for one in candidates for _ in range(rows_per_draft)]
-        texts = Batch(make_engine(len(prefixes)), prefixes, written)
+        texts = TextBatch(make_engine(len(prefixes)), prefixes, written)
         for one in candidates:
             one.start_draft(self._room, max(map(len, self._stop), default=0))
         draft_rows = range(0, len(prefixes), rows_per_draft)
@@ -136,7 +136,7 @@ class Drafter:
                 ended = [row for row, one in drafting if not one.is_drafting]
                 next_tokens = {row: token for row, token in next_tokens.items() if row not in ended}
 
-    def _draw(self, texts: Batch, drafting, logits, log_probabilities, rng: RandomNumbers) -> dict[int, int]:
+    def _draw(self, texts: TextBatch, drafting, logits, log_probabilities, rng: RandomNumbers) -> dict[int, int]:
         """Draw the next token of each draft, and return them by row."""
         for row, one in drafting:
             logits[row][self._tokens_that_cut(one)] = -np.inf
@@ -149,7 +149,7 @@ class Drafter:
             self._append(one, token, float(log_probabilities[row][token]), allowed)
         return dict(zip(rows.tolist(), tokens, strict=True))
 
-    def _tokens_that_cut(self, one: Candidate) -> list[int]:
+    def _tokens_that_cut(self, one: DraftedText) -> list[int]:
         """Return the tokens that would complete a stop string that begins before the end of a word in the text."""
         text = one.kept_bytes + one.draft_bytes
         rests = tuple(
@@ -160,7 +160,7 @@ class Drafter:
         )
         return [i for i, data in enumerate(self._bytes) if data.startswith(rests)] if rests else []
 
-    def _append(self, one: Candidate, token: int, log_probability: float, allowed: np.ndarray) -> None:
+    def _append(self, one: DraftedText, token: int, log_probability: float, allowed: np.ndarray) -> None:
         """Append a token to a draft, and note the words that it completes."""
         if not one.draft:
             one.first_logits = allowed
@@ -181,7 +181,7 @@ class Drafter:
             if is_new and self.fits(one, one.tails, undrafted, len(one.draft)):
                 one.add_place(Place(len(one.draft), [], 0, 0.0, undrafted))
 
-    def _continue_words(self, one: Candidate, log_probabilities: dict[int, np.ndarray]) -> None:
+    def _continue_words(self, one: DraftedText, log_probabilities: dict[int, np.ndarray]) -> None:
         """Add the score of the token after which words were read, and drop those less likely than one read whole."""
         scoring, one.scoring = one.scoring, {}
         for row, place in scoring.items():
@@ -193,7 +193,7 @@ class Drafter:
                 else:
                     one.scoring[row] = place
 
-    def _new_places(self, one: Candidate, log_probabilities: np.ndarray) -> list[Place]:
+    def _new_places(self, one: DraftedText, log_probabilities: np.ndarray) -> list[Place]:
         """Return the words that may come now, but those already known to be less likely than at an earlier place."""
         if one.incomplete:
             return []
@@ -211,7 +211,7 @@ class Drafter:
                     places.append(place)
         return places
 
-    def _assign_rows(self, one: Candidate, new: list[Place], draft_row: int, parents: np.ndarray) -> None:
+    def _assign_rows(self, one: DraftedText, new: list[Place], draft_row: int, parents: np.ndarray) -> None:
         """Find rows to read words in: free ones, or those of words that are less likely, token by token."""
         for place in new:
             free = [row for row in range(draft_row + 1, draft_row + 1 + SCORING_ROWS) if row not in one.scoring]
@@ -221,14 +221,14 @@ class Drafter:
                 parents[row] = draft_row
 
     def remaining_after(
-        self, one: Candidate, tails: Tails, text: bytes, words: Words, word: bytes, num_tokens: int
+        self, one: DraftedText, tails: Tails, text: bytes, words: Words, word: bytes, num_tokens: int
     ) -> Words | None:
         """Return the words that are still to come after a word, or None if they could not follow it.
 
         A word that arises where others meet comes once more if it is needed to separate others.
 
         Args:
-            one: the candidate.
+            one: the drafted text.
             tails: of the text before the word.
             text: that text.
             words: the words that are to come after that text.
@@ -242,7 +242,7 @@ class Drafter:
         fitting = (some for some in (unmet, others) if tails is not None and self.fits(one, tails, some, num_tokens))
         return next(fitting, None)
 
-    def fits(self, one: Candidate, tails: Tails, words: Words, num_tokens: int) -> bool:
+    def fits(self, one: DraftedText, tails: Tails, words: Words, num_tokens: int) -> bool:
         """Return whether words may follow a text of so many tokens beyond what is kept."""
         room = self._room - len(one.kept) - num_tokens - sum(map(len, words.values()))
         return room >= 0 and (not words or self._order.fits(tails, words, room))

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..corpus.tokenizer import Tokenizer
 from ..corpus.utf8 import complete_characters
-from .batch import Batch, RandomNumbers, log_probabilities
-from .drafts import SCORING_ROWS, Candidate, Drafter, Place, Words
+from .batch import RandomNumbers, TextBatch, log_probabilities
+from .drafts import SCORING_ROWS, DraftedText, Drafter, Place, Words
 from .engines.engine import Engine
 from .sampler import Sampler
 from .word_order import MAX_WORDS_EXHAUSTIVE, WordOrder
@@ -96,7 +96,7 @@ class ForcedWords:
         """
         prompts = [self._order.begin(b"".join(self._bytes[i] for i in prefix)) for prefix in prefixes]
         candidates = [
-            Candidate(prefix, tails, dict(self._words), row * CANDIDATES + i)
+            DraftedText(prefix, tails, dict(self._words), row * CANDIDATES + i)
             for row, (prefix, tails) in enumerate(zip(prefixes, prompts, strict=True))
             for i in range(CANDIDATES)
         ]
@@ -109,7 +109,7 @@ class ForcedWords:
         taken = [max(those, key=lambda one: one.log_probability / max(1, len(one.kept))) for those in of_each]
         return [(one.row, one.kept) for one in taken]
 
-    def _keep(self, one: Candidate) -> None:
+    def _keep(self, one: DraftedText) -> None:
         """Keep a draft up to the best place of a word, and the word; or all of it if no word is missing."""
         kept, score = one.draft, 0.0
         if one.missing:
@@ -130,15 +130,15 @@ class ForcedWords:
         one.kept_tails = functools.reduce(self._order.after, (self._bytes[i] for i in kept), one.kept_tails)
         one.is_done |= one.kept_tails is None  # at a stop string, before which all words have come
 
-    def _place_next(self, make_engine, candidates: list[Candidate]) -> None:
+    def _place_next(self, make_engine, candidates: list[DraftedText]) -> None:
         """Place a word right after what is kept if it was scored nowhere: it has probability 0, or was not allowed."""
         if candidates:
             prefixes, words = [[*one.prefix, *one.kept] for one in candidates], list(map(self._next_word, candidates))
-            scores = log_probabilities(Batch(make_engine(len(prefixes)), prefixes), [ids for ids, _ in words])
+            scores = log_probabilities(TextBatch(make_engine(len(prefixes)), prefixes), [ids for ids, _ in words])
             for one, (ids, remaining), score in zip(candidates, words, scores.tolist(), strict=True):
                 one.add_place(Place(0, ids, len(ids), score, remaining))
 
-    def _next_word(self, one: Candidate) -> tuple[list[int], Words]:
+    def _next_word(self, one: DraftedText) -> tuple[list[int], Words]:
         """Return a word, after the likeliest token that separates it from the text if needed, and the words to come."""
         for word, ids in one.missing.items():
             remaining = self._drafter.remaining_after(one, one.kept_tails, one.kept_bytes, one.missing, word, 0)

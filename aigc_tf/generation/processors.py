@@ -33,7 +33,7 @@ def apply_temperature(logits, temperature: float):
         return (logits - library_of(logits).max(logits, axis=-1, keepdims=True)) / temperature
 
 
-def top_k(logits, k: int):
+def select_top_k(logits, k: int):
     """Keep only the k most likely tokens; of equal ones at the border, those with the lowest ids.
 
     Args:
@@ -45,7 +45,7 @@ def top_k(logits, k: int):
         shorter rows as well; `draw` then returns an index into them.
 
     Example:
-        >>> logits, ids = top_k(np.array([[1.0, 3.0, 2.0]]), 2)
+        >>> logits, ids = select_top_k(np.array([[1.0, 3.0, 2.0]]), 2)
         >>> logits.tolist(), ids.tolist()
         ([[3.0, 2.0]], [[1, 2]])
     """
@@ -126,8 +126,8 @@ def keep_typical(logits, p: float):
     return ops.where(typical > -float("inf"), logits, -float("inf"))
 
 
-def count_tokens(ids, vocab_size: int):
-    """Count how often each token occurs in a text.
+def count_tokens_per_text(ids, vocab_size: int):
+    """Count how often each token occurs in each text.
 
     Args:
         ids: `int (..., T)`; -1 is not counted.
@@ -137,7 +137,7 @@ def count_tokens(ids, vocab_size: int):
         Counts, `int32 (..., V)`.
 
     Example:
-        >>> count_tokens(np.array([[-1, 2, 0, 2]]), 3).tolist()
+        >>> count_tokens_per_text(np.array([[-1, 2, 0, 2]]), 3).tolist()
         [[1, 0, 2]]
     """
     ops = library_of(ids)
@@ -248,7 +248,7 @@ def sample(logits, uniforms, temperature=None, k=None, typical_p=None, top_p=Non
         logits: (..., V), float.
         uniforms: (...), float, uniform in [0, 1).
         temperature: None takes the likeliest token.
-        k: see `top_k`; None for all tokens, as for the following.
+        k: see `select_top_k`; None for all tokens, as for the following.
         typical_p: see `keep_typical`.
         top_p: see `keep_top_p`.
         min_p: see `keep_min_p`.
@@ -265,7 +265,7 @@ def sample(logits, uniforms, temperature=None, k=None, typical_p=None, top_p=Non
     logits = apply_temperature(logits, temperature)
     ids = None
     if k is not None:
-        logits, ids = top_k(logits, k)
+        logits, ids = select_top_k(logits, k)
     for keep, share in ((keep_typical, typical_p), (keep_top_p, top_p), (keep_min_p, min_p)):
         if share is not None:
             logits = keep(logits, share)

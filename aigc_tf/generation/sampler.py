@@ -63,7 +63,7 @@ class Sampler:
 
         Args:
             logits: (R, V).
-            texts: the `Batch` whose next tokens they are for.
+            texts: the `TextBatch` whose next tokens they are for.
             rows: which rows of it, (R,).
 
         Returns:
@@ -75,16 +75,17 @@ class Sampler:
             return self._end_if_stuck(logits)
         ids, vocab_size = texts.so_far(rows), len(self.bias)
         if s.no_repeat_ngram is not None:
-            repeating = processors.count_tokens(processors.repeating_tokens(ids, s.no_repeat_ngram), vocab_size) > 0
-            logits[repeating & ~self.exempt] = -np.inf
+            repeating = processors.repeating_tokens(ids, s.no_repeat_ngram)
+            is_repeating = processors.count_tokens_per_text(repeating, vocab_size) > 0
+            logits[is_repeating & ~self.exempt] = -np.inf
         for row, text in enumerate(ids if self.banned.longest else ()):
             logits[row, self.banned.completing(text)] = -np.inf
         logits = self._end_if_stuck(logits)
         if s.repetition_penalty != 1:
-            counts = np.where(self.exempt, 0, processors.count_tokens(ids, vocab_size))
+            counts = np.where(self.exempt, 0, processors.count_tokens_per_text(ids, vocab_size))
             logits = processors.penalize_repetition(logits, counts, s.repetition_penalty)
         if s.presence_penalty or s.frequency_penalty:
-            counts = np.where(self.exempt, 0, processors.count_tokens(texts.written(rows), vocab_size))
+            counts = np.where(self.exempt, 0, processors.count_tokens_per_text(texts.written(rows), vocab_size))
             logits = processors.penalize_counts(logits, counts, s.presence_penalty, s.frequency_penalty)
         return logits
 

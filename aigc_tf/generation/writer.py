@@ -8,7 +8,7 @@ import numpy as np
 from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.hardware import available_bytes, machine_bytes
 from .banned_words import is_prefix
-from .batch import Batch, RandomNumbers, log_probabilities
+from .batch import RandomNumbers, TextBatch, log_probabilities
 from .beams import search_beams
 from .engines.engine import Engine, make_engine
 from .forced_words import CANDIDATES, ForcedWords
@@ -92,7 +92,7 @@ class Writer:
                 ids[row].append(int(column[row]))
                 finished[row] = self._is_finished(ids[row])
         if scored and not scored_as_written:
-            scores = log_probabilities(Batch(self._make_engine(len(prefixes)), prefixes), ids)
+            scores = log_probabilities(TextBatch(self._make_engine(len(prefixes)), prefixes), ids)
         written = list(zip(ids, scores.tolist(), strict=True))
         return [
             max(written[i : i + len(samples)], key=_mean_log_probability) for i in range(0, len(written), len(samples))
@@ -116,12 +116,12 @@ class Writer:
                 f"{max(0, free) / 1e9:.3g} GB are free. Lower num_beams."
             )
         rows = [prefix for prefix in prefixes for _ in range(num_beams)]
-        texts = Batch(self._make_engine(len(rows)), rows)
+        texts = TextBatch(self._make_engine(len(rows)), rows)
         is_stopped = self._is_stopped if self._stop_bytes else None
         found = search_beams(texts, self._sampler, num_beams, self._max_new_tokens, length_penalty, is_stopped)
         if not scored:
             return [(ids, None) for ids in found]
-        scores = log_probabilities(Batch(self._make_engine(len(prefixes)), prefixes), found)
+        scores = log_probabilities(TextBatch(self._make_engine(len(prefixes)), prefixes), found)
         return list(zip(found, scores.tolist(), strict=True))
 
     def check_prompt(self, prompt: str) -> None:
@@ -168,10 +168,10 @@ class Writer:
             from .engines import device_loop
 
             args = self._source, self._sampler, prefixes, rng, self._max_new_tokens, finished
-            return device_loop.write_steps(*args, log_probabilities=scores)
+            return device_loop.write_on_device(*args, log_probabilities=scores)
         written = [len(those) for those in ids]
         prefixes = [[*prefix, *those] for prefix, those in zip(prefixes, ids, strict=True)]
-        texts = Batch(self._make_engine(len(prefixes)), prefixes, written)
+        texts = TextBatch(self._make_engine(len(prefixes)), prefixes, written)
         return write_steps(texts, self._sampler, rng, self._max_new_tokens, finished, scores, rows, np.array(written))
 
 
@@ -184,7 +184,7 @@ _SECONDS_AT_A_TIME = 0.02  # that compiled code may take before the reader of a 
 
 
 def write_steps(
-    texts: Batch,
+    texts: TextBatch,
     sampler: Sampler,
     rng: RandomNumbers,
     max_new_tokens: int,

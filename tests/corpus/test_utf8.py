@@ -7,7 +7,7 @@ from conftest import is_character, may_follow, spread
 import aigc_tf
 from aigc_tf import Tokenizer, generate, generate_batch
 from aigc_tf.corpus import utf8
-from aigc_tf.generation.batch import Batch
+from aigc_tf.generation.batch import TextBatch
 from aigc_tf.generation.sampler import Sampler
 from aigc_tf.generation.settings import check_sampling
 
@@ -116,7 +116,7 @@ def ids_of(data: bytes) -> list[int]:
 
 
 def adjusted(prompt, **settings):
-    texts = Batch(None, [[BOS, *prompt]])
+    texts = TextBatch(None, [[BOS, *prompt]])
     sampler = Sampler(TOKENIZER, check_sampling(**settings))
     return sampler.process(np.zeros((1, V), np.float32), texts, np.array([0]))[0]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from aigc_tf.generation.batch import Batch, RandomNumbers
+from aigc_tf.generation.batch import RandomNumbers, TextBatch
 from aigc_tf.generation.engines.engine import Engine
 from aigc_tf.generation.writer import write_steps
 
@@ -41,7 +41,7 @@ def written(texts, row):
 
 
 def test_prompts_of_different_lengths_end_together():
-    texts = Batch(Memory(3).make_engine(), [[5, 6, 7], [8], [9, 10]])
+    texts = TextBatch(Memory(3).make_engine(), [[5, 6, 7], [8], [9, 10]])
     assert texts.so_far(np.arange(3)).tolist() == [[5, 6, 7], [-1, -1, 8], [-1, 9, 10]]
     assert ids_of(texts.read(np.array([0, 2]))) == [[5, 6, 7], [9, 10]]
     assert ids_of(texts.read(np.array([1]))) == [[8]]
@@ -49,7 +49,7 @@ def test_prompts_of_different_lengths_end_together():
 
 def test_each_token_is_read_once_at_the_position_after_the_one_before():
     memory = Memory(2)
-    texts = Batch(memory.make_engine(), [[5, 6, 7], [8]])
+    texts = TextBatch(memory.make_engine(), [[5, 6, 7], [8]])
     rows = np.arange(2)
     texts.read(rows)
     assert memory.num_read == 4
@@ -63,7 +63,7 @@ def test_each_token_is_read_once_at_the_position_after_the_one_before():
 
 def test_a_text_that_has_ended_is_left_alone():
     memory = Memory(3)
-    texts = Batch(memory.make_engine(), [[5], [6, 7], [8]])
+    texts = TextBatch(memory.make_engine(), [[5], [6, 7], [8]])
     texts.read(np.arange(3))
     texts.write(np.arange(3), np.array([1, 2, 3]))
     active = np.array([0, 2])
@@ -81,7 +81,7 @@ def test_beyond_the_context_the_newest_half_is_read_again(limit, lengths):
     """A text sees from `start` on, which moves to its newest half where more than the context stands after it."""
     memory = Memory(len(lengths), limit)
     prompts = [list(range(100 * row, 100 * row + length)) for row, length in enumerate(lengths)]
-    texts = Batch(memory.make_engine(), prompts)
+    texts = TextBatch(memory.make_engine(), prompts)
     rows = np.arange(len(lengths))
     starts = [0] * len(lengths)
     for step in range(25):
@@ -99,7 +99,7 @@ def test_beyond_the_context_the_newest_half_is_read_again(limit, lengths):
 def test_rows_continue_the_texts_of_others():
     memory = Memory(4, 4)
     # The second prompt is beyond the context, so that copied rows start at another column.
-    texts = Batch(memory.make_engine(), [[5], [1, 2, 3, 4, 5, 6], [7], [8]])
+    texts = TextBatch(memory.make_engine(), [[5], [1, 2, 3, 4, 5, 6], [7], [8]])
     assert ids_of(texts.read(np.array([0, 1]))) == [[5], [5, 6]]
     texts.copy(np.array([1, 0, 0, 1]))
     texts.write(np.arange(4), np.array([11, 12, 13, 14]))
@@ -116,13 +116,13 @@ def test_rows_continue_the_texts_of_others():
 
 
 def test_nothing_to_write_and_nothing_written():
-    texts = Batch(Memory(1).make_engine(), [[5, 6]])
+    texts = TextBatch(Memory(1).make_engine(), [[5, 6]])
     assert written(texts, 0) == []
     assert texts.so_far(np.array([0])).tolist() == [[5, 6]]
 
 
 def test_ids_grow_with_the_text():
-    texts = Batch(Memory(2, 9).make_engine(), [[5, 6], [7]])
+    texts = TextBatch(Memory(2, 9).make_engine(), [[5, 6], [7]])
     for step in range(500):
         texts.read(np.arange(2))
         texts.write(np.arange(2), np.array([step, 1000 + step]))
@@ -132,7 +132,7 @@ def test_ids_grow_with_the_text():
 
 
 def test_tokens_written_before_do_not_belong_to_the_prompt():
-    texts = Batch(Memory(2).make_engine(), [[5, 6, 7], [8, 9]], [1, 0])
+    texts = TextBatch(Memory(2).make_engine(), [[5, 6, 7], [8, 9]], [1, 0])
     assert [written(texts, row) for row in range(2)] == [[7], []]
     texts.write(np.arange(2), np.array([11, 12]))
     assert [written(texts, row) for row in range(2)] == [[7, 11], [12]]
@@ -161,7 +161,7 @@ def compiled_texts(num_positions):
         return np.full(uniforms.shape, 7)
 
     memory = Memory(1, num_positions)
-    return Batch(Engine(memory.read, memory.copy, num_positions, write), [[1, 5]]), asked
+    return TextBatch(Engine(memory.read, memory.copy, num_positions, write), [[1, 5]]), asked
 
 
 class AnySampler:

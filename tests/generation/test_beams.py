@@ -5,7 +5,7 @@ import pytest
 from conftest import message_of, spread, table_model
 
 from aigc_tf import Tokenizer, generate, generate_batch
-from aigc_tf.generation.batch import Batch
+from aigc_tf.generation.batch import TextBatch
 from aigc_tf.generation.beams import search_beams
 from aigc_tf.generation.engines.engine import make_engine
 from aigc_tf.generation.processors import log_softmax
@@ -42,7 +42,7 @@ def search(model, prompts, num_beams, max_new_tokens, length_penalty=1.0, kind="
     else:
         engine = make_engine(model, len(prompts) * num_beams, "numba" if kind == "compiled" else "numpy")
     ids = [[BOS, *TOKENIZER.encode(prompt)] for prompt in prompts for _ in range(num_beams)]
-    texts = Batch(engine, ids)
+    texts = TextBatch(engine, ids)
     sampler = Sampler(TOKENIZER, check_sampling(**settings))
     found = search_beams(texts, sampler, num_beams, max_new_tokens, length_penalty)
     return ["".join(TOKENIZER.decode_stream(ids, cut=True)) for ids in found], texts.end - max(map(len, ids))

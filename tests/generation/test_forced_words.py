@@ -499,7 +499,7 @@ def test_no_stop_string_begins_within_a_forced_word(words, stop, written):
 
 
 def test_the_log_probability_of_a_long_text_is_that_of_writing_it_from_the_prompt(build):
-    from aigc_tf.generation.batch import Batch, log_probabilities
+    from aigc_tf.generation.batch import TextBatch, log_probabilities
     from aigc_tf.generation.engines.choose import choose_engine
 
     model = spread(build(V, 8))
@@ -508,7 +508,7 @@ def test_the_log_probability_of_a_long_text_is_that_of_writing_it_from_the_promp
     for best_of in (1, 2):
         text = generate(model, TOKENIZER, "山", log_probability=True, best_of=best_of, **settings)
         assert len(text.ids) == 30
-        texts = Batch(make_engine(decode, 1, "numpy"), [[BOS, *TOKENIZER.encode("山")]])
+        texts = TextBatch(make_engine(decode, 1, "numpy"), [[BOS, *TOKENIZER.encode("山")]])
         (expected,) = log_probabilities(texts, [list(text.ids)])
         assert text.log_probability == pytest.approx(expected, abs=1e-3)
 

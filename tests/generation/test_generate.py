@@ -8,7 +8,7 @@ from conftest import CLAUSES, breaking_tokens, message_of, spread, table_model
 import aigc_tf
 from aigc_tf import Tokenizer, generate, generate_batch, kneser_ney, stream
 from aigc_tf.generation import processors, writer
-from aigc_tf.generation.batch import Batch, RandomNumbers
+from aigc_tf.generation.batch import RandomNumbers, TextBatch
 from aigc_tf.generation.engines.engine import make_engine
 from aigc_tf.generation.sampler import Sampler
 from aigc_tf.generation.settings import check_sampling
@@ -110,7 +110,7 @@ def test_padding_and_begin_are_never_written(tokenizer):
     for layer in flat.layers[1:]:
         layer.embeddings.assign(np.zeros(layer.embeddings.shape, np.float32))
     sampler = Sampler(tokenizer, check_sampling(temperature=1.0, top_p=None))
-    texts = Batch(make_engine(flat, 400, "numpy"), [[tokenizer.BOS]] * 400)
+    texts = TextBatch(make_engine(flat, 400, "numpy"), [[tokenizer.BOS]] * 400)
     for ids in writer.write_steps(texts, sampler, RandomNumbers(list(range(400))), 4, np.zeros(400, bool)):
         assert not {tokenizer.PAD, tokenizer.BOS} & set(ids.tolist())
         assert len(set(ids.tolist())) > 100

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aigc_tf.generation.processors import (
     apply_temperature,
-    count_tokens,
+    count_tokens_per_text,
     draw,
     keep_min_p,
     keep_top_p,
@@ -17,8 +17,8 @@ from aigc_tf.generation.processors import (
     penalize_counts,
     penalize_repetition,
     repeating_tokens,
+    select_top_k,
     softmax,
-    top_k,
 )
 from aigc_tf.runtime.backend import keras
 
@@ -42,7 +42,7 @@ def kept(logits):
 
 
 def keep_top_k(logits, k):
-    kept, ids = top_k(logits, k)
+    kept, ids = select_top_k(logits, k)
     ids = numbers(ids)
     out = np.full(logits.shape, -np.inf, np.float32)
     np.put_along_axis(out, ids, numbers(kept), axis=-1)
@@ -134,32 +134,32 @@ def test_typical_keeps_the_first_of_equal_ones_and_never_what_cannot_come(array)
 
 
 def test_top_k_gives_logits_and_ids_by_rising_id(array):
-    logits, ids = top_k(array([1.0, -np.inf, 4.0, 3.0, -np.inf, 3.0]), 3)
+    logits, ids = select_top_k(array([1.0, -np.inf, 4.0, 3.0, -np.inf, 3.0]), 3)
     assert numbers(ids).tolist() == [2, 3, 5]
     assert numbers(ids).dtype == np.int32
     assert numbers(logits).tolist() == [4, 3, 3]
     for k in (6, 7):
-        logits, ids = top_k(array([1.0, -np.inf, 4.0, 3.0, -np.inf, 3.0]), k)
+        logits, ids = select_top_k(array([1.0, -np.inf, 4.0, 3.0, -np.inf, 3.0]), k)
         assert numbers(ids).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_top_k_settles_ties_in_each_row_by_itself(array):
     # In the first row two are equal at the border, in the second all, in the third none.
     rows = array([[1.0, 2.0, 1.0, 0.0], [5.0, 5.0, 5.0, 5.0], [0.0, 1.0, 2.0, 3.0]])
-    assert numbers(top_k(rows, 2)[1]).tolist() == [[0, 1], [0, 1], [2, 3]]
+    assert numbers(select_top_k(rows, 2)[1]).tolist() == [[0, 1], [0, 1], [2, 3]]
 
 
 def test_tokens_are_counted_by_hand(array):
     ids = [[-1, 2, 0, 2], [-1, -1, -1, -1], [3, 3, 3, 3]]
-    counts = count_tokens(array(ids, "int32"), 4)
+    counts = count_tokens_per_text(array(ids, "int32"), 4)
     assert numbers(counts).tolist() == [[1, 0, 2, 0], [0, 0, 0, 0], [0, 0, 0, 4]]
     assert numbers(counts).dtype == np.int32
-    assert numbers(count_tokens(array([1, 1, -1], "int32"), 3)).tolist() == [0, 2, 0]
+    assert numbers(count_tokens_per_text(array([1, 1, -1], "int32"), 3)).tolist() == [0, 2, 0]
 
 
 def test_of_no_tokens_there_are_none(array):
     for shape in ((0,), (2, 0), (3, 2, 0)):
-        counts = numbers(count_tokens(array(np.zeros(shape), "int32"), 5))
+        counts = numbers(count_tokens_per_text(array(np.zeros(shape), "int32"), 5))
         assert counts.shape == (*shape[:-1], 5)
         assert not counts.any()
 
@@ -245,8 +245,8 @@ def test_softmax_and_its_logarithm(array):
 COUNTS = np.array([0, 1, 0, 2, 0, 0, 5])
 FUNCTIONS = {
     "apply_temperature": lambda array, x: apply_temperature(x, 0.7),
-    "top_k": lambda array, x: top_k(x, 3)[0],
-    "top_k ids": lambda array, x: top_k(x, 3)[1],
+    "top_k": lambda array, x: select_top_k(x, 3)[0],
+    "top_k ids": lambda array, x: select_top_k(x, 3)[1],
     "keep_top_p": lambda array, x: keep_top_p(x, 0.6),
     "keep_min_p": lambda array, x: keep_min_p(x, 0.3),
     "keep_typical": lambda array, x: keep_typical(x, 0.6),
@@ -277,7 +277,7 @@ def test_rows_are_worked_on_each_by_itself(array, name):
 
 def test_ids_are_worked_on_row_by_row(array):
     ids = np.random.default_rng(0).integers(-1, 4, (3, 2, 9))
-    for function in (lambda x: count_tokens(x, 4), lambda x: repeating_tokens(x, 2)):
+    for function in (lambda x: count_tokens_per_text(x, 4), lambda x: repeating_tokens(x, 2)):
         expected = numbers(function(array(ids, "int32")))
         assert expected.max() > 0
         for a in range(3):
@@ -287,7 +287,7 @@ def test_ids_are_worked_on_row_by_row(array):
 
 
 def test_a_draw_among_the_likeliest_gives_a_place_among_them(array):
-    logits, ids = top_k(array(np.log(P)), 2)
+    logits, ids = select_top_k(array(np.log(P)), 2)
     places = numbers(draw(logits, array([0.5, 0.9])))
     assert places.tolist() == [0, 1]  # 4/7 and 3/7 of the tokens 1 and 3; 7/8 and 1/8 of the tokens 0 and 1
     assert np.take_along_axis(numbers(ids), places[:, None], -1)[:, 0].tolist() == [1, 1]
@@ -320,7 +320,7 @@ import numpy as np
 from aigc_tf.generation.engines import numba_engine
 from aigc_tf.generation import processors
 from aigc_tf.models import graph
-logits = processors.keep_top_p(processors.top_k(np.zeros((2, 9), np.float32), 3)[0], 0.5)
+logits = processors.keep_top_p(processors.select_top_k(np.zeros((2, 9), np.float32), 3)[0], 0.5)
 assert isinstance(processors.draw(logits, np.array([0.1, 0.9])), np.ndarray)
 assert not {"keras", "tensorflow", "jax"} & set(sys.modules)
 """

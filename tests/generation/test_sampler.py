@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aigc_tf import Tokenizer, generate, generate_batch
 from aigc_tf.generation import processors
-from aigc_tf.generation.batch import Batch
+from aigc_tf.generation.batch import TextBatch
 from aigc_tf.generation.sampler import Sampler
 from aigc_tf.generation.settings import check_sampling
 from aigc_tf.runtime.backend import keras
@@ -32,7 +32,7 @@ def make(tokenizer=TOKENIZER, compiled=False, **settings):
 
 def texts_of(prompts, written=()):
     """A batch of texts that continue prompts with the same ids."""
-    texts = Batch(None, [[BOS, *prompt] for prompt in prompts])
+    texts = TextBatch(None, [[BOS, *prompt] for prompt in prompts])
     for i in written:
         texts.write(np.arange(len(prompts)), np.full(len(prompts), i))
     return texts
@@ -306,7 +306,7 @@ def test_sampling_applies_temperature_top_k_typical_top_p_min_p_and_draws(kind):
         sampler = make(compiled=kind == "compiled", temperature=1.5, **settings)
         expected, ids = processors.apply_temperature(logits, 1.5), np.arange(30)[None]
         if settings["top_k"]:
-            expected, ids = processors.top_k(expected, 12)
+            expected, ids = processors.select_top_k(expected, 12)
         for name, keep in (
             ("typical_p", processors.keep_typical),
             ("top_p", processors.keep_top_p),

@@ -9,7 +9,7 @@ from conftest import cpu_only
 
 from aigc_tf import Tokenizer, evaluate, make_dataset, train
 from aigc_tf.evaluation.bits import sample_documents
-from aigc_tf.generation.engines.engine import model_weights
+from aigc_tf.generation.engines.engine import cached_weights
 from aigc_tf.models.weights import LstmWeights, TransformerWeights
 from aigc_tf.runtime.backend import keras
 from aigc_tf.training.checkpoints import list_checkpoints
@@ -107,7 +107,7 @@ def test_a_trained_model_still_generates_and_can_be_saved_by_keras(
     build, documents, tokenizer, tmp_path, num_microbatches
 ):
     model, _ = run(build, documents, tokenizer, num_microbatches=num_microbatches)
-    assert isinstance(model_weights(model), LstmWeights | TransformerWeights)
+    assert isinstance(cached_weights(model), LstmWeights | TransformerWeights)
     model.save(tmp_path / "model.keras")
     schedule = keras.saving.load_model(tmp_path / "model.keras").optimizer._learning_rate
     assert float(schedule(1)) == float(model.optimizer._learning_rate(1))

@@ -3,7 +3,7 @@
 from ...models.weights import LstmWeights, TransformerWeights
 from ...runtime.numba_availability import numba_is_usable, numba_problem
 from ..settings import Settings
-from .engine import model_weights
+from .engine import cached_weights
 
 ENGINES = ("auto", "numba", "numpy", "device", "model")
 
@@ -34,7 +34,7 @@ def choose_engine(model, engine: str, settings: Settings, num_beams: int = 1):
         if is_weights:
             raise ValueError('engine="model" needs the model itself, got its weights. Load it with aigc_tf.load.')
         return engine, model
-    weights = model_weights(model)
+    weights = cached_weights(model)
     if weights is None:
         if engine == "auto":
             return "model", model

@@ -29,7 +29,7 @@ ops = keras.ops
 _FIRST_COLUMNS = 1024  # for tokens to be written; more are added as needed
 
 
-def write_steps(
+def write_on_device(
     weights: TransformerWeights | LstmWeights,
     sampler: Sampler,
     prompts: list[list[int]],
@@ -157,11 +157,12 @@ def _first_state(weights, sampler: Sampler, text: np.ndarray, column: int, dtype
     else:
         context, dim = weights.position_embedding.shape
         shapes = [(num_rows, weights.num_heads, context, dim // weights.num_heads)] * len(weights.blocks)
+    # The KV cache of a Transformer: keys and values of each block. Of an LSTM the hidden and cell states.
     cache = [(ops.zeros(shape, dtype), ops.zeros(shape, dtype)) for shape in shapes]
     pending = ops.zeros(num_rows, "int32")  # a prompt consists of whole characters
     state = {"logits": ops.zeros((num_rows, vocab_size), "float32"), "cache": cache, "pending": pending}
     if any(getattr(sampler.settings, name) != getattr(_UNUSED, name) for name in _PENALTIES):
-        counts = processors.count_tokens(text[:, :column], vocab_size)
+        counts = processors.count_tokens_per_text(text[:, :column], vocab_size)
         state["counts"] = ops.convert_to_tensor(np.stack([counts, np.zeros_like(counts)]))
     if sampler.settings.no_repeat_ngram is not None:
         left = _columns_on_device(text) - column

@@ -67,7 +67,7 @@ def process(static, settings, state):
     vocab_size = logits.shape[-1]
     if "text" in state:
         repeating = processors.repeating_tokens(state["text"], int(static.no_repeat_ngram))
-        repeating = (processors.count_tokens(repeating, vocab_size) > 0) & ~settings["exempt"]
+        repeating = (processors.count_tokens_per_text(repeating, vocab_size) > 0) & ~settings["exempt"]
         logits = ops.where(repeating, -float("inf"), logits)
     stuck = ops.all(logits == -float("inf"), axis=-1, keepdims=True)
     logits = ops.where(stuck & (ops.arange(vocab_size) == static.eos), 0.0, logits)

@@ -12,7 +12,7 @@ import numpy as np
 from ...models.weights import LstmWeights
 from .model_engine import model_engine
 from .numpy_engine import last_of_each_row, numpy_engine
-from .weight_cache import model_weights
+from .weight_cache import cached_weights
 
 
 class Engine(NamedTuple):
@@ -48,7 +48,7 @@ def make_engine(model, num_rows: int, engine: str) -> Engine:
     Returns:
         An `Engine`.
     """
-    weights = None if engine == "model" else model_weights(model)
+    weights = None if engine == "model" else cached_weights(model)
     if weights is None:
         return Engine(*model_engine(model, num_rows))
     if engine == "numba":

@@ -1,4 +1,4 @@
-"""Model engine: reads texts with any model, by calling it on a whole window for each new token."""
+"""Model engine: reads texts with any model, without a KV cache, by calling it on a whole window for each token."""
 
 import functools
 

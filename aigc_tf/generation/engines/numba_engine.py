@@ -233,6 +233,7 @@ def numba_engine(weights: TransformerWeights | LstmWeights, num_rows: int):
 def _transformer_engine(w: TransformerWeights, num_rows: int):
     vocab_size, dim = w.token_embedding.shape
     num_blocks, num_heads, context = len(w.blocks), w.num_heads, len(w.position_embedding)
+    # The KV cache: keys and values, each vector with its scale.
     cache = np.zeros((num_blocks, 2, num_rows, num_heads, context, padded_width(dim // num_heads)), np.int16)
     scales = np.zeros((num_blocks, 2, num_rows, num_heads, context), _f32)
     if w not in _packed:

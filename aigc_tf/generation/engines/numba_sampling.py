@@ -76,7 +76,7 @@ def sample_compiled(logits, uniforms, pending, args):
             ids[row] = scaled.argmax()
         else:
             candidates = _candidates(scaled, top_k)
-            odds = _odds(scaled[candidates], largest, temperature, top_k, typical_p, top_p, min_p)
+            odds = _filter_odds(scaled[candidates], largest, temperature, top_k, typical_p, top_p, min_p)
             ids[row] = candidates[_draw(odds, uniforms[row])]
     return ids
 
@@ -108,8 +108,11 @@ def _candidates(scores, top_k):
 
 
 @numba_jit(fastmath=_WITH_INFINITY)
-def _odds(scores, largest, temperature, top_k, typical_p, top_p, min_p):
-    """Return unnormalised probabilities, 0 for what the settings leave out; changes the scores in place."""
+def _filter_odds(scores, largest, temperature, top_k, typical_p, top_p, min_p):
+    """Apply top-k, temperature, typical, top-p and min-p; return unnormalised probabilities, 0 for what is left out.
+
+    Changes the scores in place.
+    """
     size = len(scores)
     odds = np.empty(size, _f32)
     if top_k < size:

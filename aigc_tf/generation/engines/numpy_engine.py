@@ -21,6 +21,7 @@ def last_of_each_row(rows: np.ndarray) -> np.ndarray:
 def _transformer_engine(weights: TransformerWeights, num_rows: int):
     context, dim = weights.position_embedding.shape
     num_blocks, num_heads = len(weights.blocks), weights.num_heads
+    # The KV cache: the keys and values of the positions read.
     keys, values = np.zeros((2, num_blocks, num_rows, num_heads, context, dim // num_heads), np.float32)
     scale = np.float32((dim // num_heads) ** -0.5)
     used = 0  # positions

@@ -1,4 +1,4 @@
-"""Weight cache: the weights of a Keras model as arrays, read once and again only after the model has changed."""
+"""Weight cache (not the KV cache): the weights of a Keras model as arrays, read again only after it has changed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def model_weights(model) -> TransformerWeights | LstmWeights | None:
+def cached_weights(model) -> TransformerWeights | LstmWeights | None:
     """Return the weights of a model that `aigc_tf` built, the same object while they are equal; None for others."""
     if isinstance(model, TransformerWeights | LstmWeights):
         return model

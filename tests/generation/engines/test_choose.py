@@ -8,7 +8,7 @@ from conftest import message_of, spread, table_model
 import aigc_tf
 from aigc_tf import generate, kneser_ney, stream
 from aigc_tf.generation.engines import choose
-from aigc_tf.generation.engines.weight_cache import model_weights
+from aigc_tf.generation.engines.weight_cache import cached_weights
 from aigc_tf.generation.settings import check_sampling
 from aigc_tf.runtime import numba_availability
 
@@ -25,7 +25,7 @@ def test_the_engine_is_chosen_by_model_device_and_settings(model, tokenizer, doc
     def chosen(model, settings=PLAIN, **others):
         return choose.choose_engine(model, "auto", settings, **others)[0]
 
-    weights = model_weights(model)
+    weights = cached_weights(model)
     assert chosen(model) == "numba"
     assert chosen(table_model(tokenizer, {})) == chosen(kneser_ney(documents, tokenizer)) == "model"
     assert chosen(weights) == "numpy"  # numba would take longer to load
@@ -42,7 +42,7 @@ def test_the_engine_is_chosen_by_model_device_and_settings(model, tokenizer, doc
 
 
 def test_what_is_written_does_not_depend_on_how_much_may_be(model, tokenizer):
-    weights = model_weights(model)
+    weights = cached_weights(model)
     for source in (model, weights):
         long = generate(source, tokenizer, "白", max_new_tokens=3000, seed=5)
         assert long.startswith(generate(source, tokenizer, "白", max_new_tokens=20, seed=5))
@@ -54,7 +54,7 @@ def test_an_engine_that_cannot_be_used_is_refused(model, tokenizer, monkeypatch)
         assert message == message_of(ValueError, stream, model, tokenizer, "白", engine=engine, **settings)
         return message
 
-    other, weights = table_model(tokenizer, {}), model_weights(model)
+    other, weights = table_model(tokenizer, {}), cached_weights(model)
     assert "engine must be one of auto, numba, numpy, device, model, got 'gpu'" in refused(model, "gpu")
     for engine in ("numba", "numpy", "device"):
         assert 'Use engine="model"' in refused(other, engine)
@@ -120,7 +120,7 @@ def in_a_child(function) -> str:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_forked_child_writes_with_numpy(tokenizer):
-    weights = model_weights(spread(aigc_tf.transformer(tokenizer.vocab_size, 8, hidden_dim=16)))
+    weights = cached_weights(spread(aigc_tf.transformer(tokenizer.vocab_size, 8, hidden_dim=16)))
     settings = {"max_new_tokens": 8, "seed": 0}
     generate(weights, tokenizer, "白", engine="numba", **settings)  # so that numba's threads run
     begun = stream(weights, tokenizer, "白", engine="numba", **settings)
@@ -149,7 +149,7 @@ def write_in_a_pool(seed):
 def test_a_pool_of_forked_workers_writes(tokenizer):
     model = aigc_tf.lstm(tokenizer.vocab_size, 8, hidden_dim=16)
     generate(model, tokenizer, "白", engine="numba", max_new_tokens=2)
-    write_in_a_pool.model = model_weights(model), tokenizer
+    write_in_a_pool.model = cached_weights(model), tokenizer
     with multiprocessing.get_context("fork").Pool(2) as pool:
         texts = pool.map_async(write_in_a_pool, range(4)).get(timeout=120)  # it would be made anew without end
     assert texts == [write_in_a_pool(seed) for seed in range(4)]
@@ -158,7 +158,7 @@ def test_a_pool_of_forked_workers_writes(tokenizer):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_fork_while_compiled_code_runs_does_not_hang(tokenizer):
-    weights = model_weights(aigc_tf.lstm(tokenizer.vocab_size, 8, hidden_dim=16))
+    weights = cached_weights(aigc_tf.lstm(tokenizer.vocab_size, 8, hidden_dim=16))
     with numba_availability.numba_lock:
         assert (
             in_a_child(lambda: len(generate(weights, tokenizer, "白", max_new_tokens=3, temperature=0)) > 0) == "True"

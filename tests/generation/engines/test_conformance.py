@@ -10,10 +10,10 @@ from conftest import spread
 import aigc_tf
 from aigc_tf import generate, generate_batch, stream
 from aigc_tf.generation import writer
-from aigc_tf.generation.batch import Batch, RandomNumbers
+from aigc_tf.generation.batch import RandomNumbers, TextBatch
 from aigc_tf.generation.engines import device_loop, device_steps
 from aigc_tf.generation.engines.engine import make_engine
-from aigc_tf.generation.engines.weight_cache import model_weights
+from aigc_tf.generation.engines.weight_cache import cached_weights
 from aigc_tf.generation.processors import log_softmax
 from aigc_tf.generation.sampler import Sampler
 from aigc_tf.generation.settings import check_sampling
@@ -45,7 +45,7 @@ def engine_reader(model, num_rows, engine):
 
 def device_reader(model, num_rows):
     """Do the same with the functions of the device loop: first whole texts, aligned at the right, then columns."""
-    weights = model_weights(model)
+    weights = cached_weights(model)
     sampler = Sampler(aigc_tf.Tokenizer([]), check_sampling())
     cache = device_loop._first_state(weights, sampler, np.zeros((num_rows, T), np.int32), 0, "float32")["cache"]
     weights, column, starts = device_loop._weights_on_device(weights, "float32"), 0, np.zeros(num_rows, np.int32)
@@ -126,10 +126,10 @@ def test_log_probabilities_beyond_the_context_are_those_of_the_graph(build, writ
     sampler = Sampler(tokenizer, check_sampling(temperature=1.0, top_p=None, logit_bias={tokenizer.EOS: -np.inf}))
     rng, prompts = RandomNumbers([0]), [[tokenizer.BOS]]
     if engine == "device":
-        args = model_weights(writing_model), sampler, prompts, rng, num_tokens, finished
-        written = device_loop.write_steps(*args, log_probabilities=nats)
+        args = cached_weights(writing_model), sampler, prompts, rng, num_tokens, finished
+        written = device_loop.write_on_device(*args, log_probabilities=nats)
     else:
-        texts = Batch(make_engine(writing_model, 1, engine), prompts)
+        texts = TextBatch(make_engine(writing_model, 1, engine), prompts)
         written = writer.write_steps(texts, sampler, rng, num_tokens, finished, nats)
     ids = np.array([tokenizer.BOS, *np.concatenate(list(written))])
     assert len(ids) == num_tokens + 1

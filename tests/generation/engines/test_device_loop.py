@@ -9,9 +9,9 @@ import pytest
 
 import aigc_tf
 from aigc_tf.generation import writer
-from aigc_tf.generation.batch import Batch, RandomNumbers
+from aigc_tf.generation.batch import RandomNumbers, TextBatch
 from aigc_tf.generation.engines import device_loop, device_steps
-from aigc_tf.generation.engines.engine import make_engine, model_weights
+from aigc_tf.generation.engines.engine import cached_weights, make_engine
 from aigc_tf.generation.sampler import Sampler
 from aigc_tf.generation.settings import check_sampling
 from aigc_tf.runtime.backend import keras, tf
@@ -31,7 +31,7 @@ def make_weights(kind, tokenizer, seed=0):
     generator = np.random.default_rng(seed)
     for weight in model.trainable_weights:
         weight.assign(weight * 4 + generator.normal(size=weight.shape, scale=0.1))
-    return model_weights(model)
+    return cached_weights(model)
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -111,7 +111,7 @@ class Drawn(RandomNumbers):
 
 
 def on_the_cpu(weights, sampler, prompts, uniforms, log_probabilities=None):
-    texts = Batch(make_engine(weights, len(prompts), "numpy"), prompts)
+    texts = TextBatch(make_engine(weights, len(prompts), "numpy"), prompts)
     finished = np.zeros(len(prompts), bool)
     return list(writer.write_steps(texts, sampler, Drawn(uniforms), uniforms.shape[1], finished, log_probabilities))
 
@@ -123,7 +123,7 @@ def write(weights, sampler, prompts, uniforms, log_probabilities=None, chunk=7, 
     options = {"chunk": chunk, "log_probabilities": log_probabilities, **options}
     finished = np.zeros(len(prompts), bool)
     return list(
-        device_loop.write_steps(weights, sampler, prompts, Drawn(uniforms), uniforms.shape[1], finished, **options)
+        device_loop.write_on_device(weights, sampler, prompts, Drawn(uniforms), uniforms.shape[1], finished, **options)
     )
 
 
@@ -178,12 +178,12 @@ def test_a_context_of_one_position(sampler, tokenizer):
     generator = np.random.default_rng(0)
     for weight in model.trainable_weights:
         weight.assign(generator.normal(size=weight.shape))
-    assert_same_texts(model_weights(model), sampler(), encode(tokenizer), make_uniforms(steps=9))
+    assert_same_texts(cached_weights(model), sampler(), encode(tokenizer), make_uniforms(steps=9))
 
 
 def test_logits_are_those_of_the_cpu(weights, sampler, tokenizer, calls, monkeypatch):
-    expected, read = [], Batch.read
-    monkeypatch.setattr(Batch, "read", lambda *args: expected.append(read(*args)) or expected[-1])
+    expected, read = [], TextBatch.read
+    monkeypatch.setattr(TextBatch, "read", lambda *args: expected.append(read(*args)) or expected[-1])
     assert_same_texts(weights, sampler(), encode(tokenizer), make_uniforms())
     step = 0
     for _, _, (_, state, *_, num_steps), _ in [call for call in calls if call[0] == "write_tokens"]:
@@ -200,7 +200,7 @@ def test_the_rule_of_n_grams_sees_all_of_a_text_of_any_length(transformer, sampl
     written = assert_same_texts(transformer, sampler(**settings), encode(tokenizer), make_uniforms())
     assert all(len(set(ids.tolist())) == STEPS for ids in written.T)
     finished = np.zeros(3, bool)
-    steps = device_loop.write_steps(
+    steps = device_loop.write_on_device(
         transformer, sampler(**settings), encode(tokenizer), RandomNumbers([0, 1, 2]), 10**11, finished, chunk=7
     )
     np.testing.assert_array_equal(list(itertools.islice(steps, STEPS)), written)
@@ -256,7 +256,7 @@ def test_another_prompt_batch_model_or_number_compiles_nothing(kind, weights, sa
 
 
 def test_the_first_tokens_are_shown_while_more_are_to_come(transformer, sampler, tokenizer, calls):
-    steps = device_loop.write_steps(
+    steps = device_loop.write_on_device(
         transformer, sampler(), encode(tokenizer, ["白"]), Drawn(make_uniforms(1)), STEPS, np.zeros(1, bool), chunk=4
     )
     for _ in range(4):

@@ -21,7 +21,7 @@ def compose(logits, uniforms, temperature, top_k, typical_p, top_p, min_p):
     changed = processors.apply_temperature(logits, np.float32(temperature))
     ids = np.broadcast_to(np.arange(logits.shape[1]), logits.shape)
     if top_k is not None:
-        changed, ids = processors.top_k(changed, top_k)
+        changed, ids = processors.select_top_k(changed, top_k)
     for keep, share in (
         (processors.keep_typical, typical_p),
         (processors.keep_top_p, top_p),

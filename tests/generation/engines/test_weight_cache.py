@@ -7,7 +7,7 @@ from conftest import spread
 from aigc_tf import lstm, save, transformer
 from aigc_tf.generation.engines import weight_cache
 from aigc_tf.generation.engines.engine import make_engine
-from aigc_tf.generation.engines.weight_cache import model_weights
+from aigc_tf.generation.engines.weight_cache import cached_weights
 from aigc_tf.generation.engines.weight_watch import LayerSnapshot, VariableSnapshot
 from aigc_tf.runtime.backend import keras
 
@@ -16,12 +16,12 @@ T, V = 12, 301
 
 def test_weights_are_the_same_object_while_they_are_equal(build):
     model = build(V, T)
-    weights = model_weights(model)
-    assert model_weights(model) is weights
+    weights = cached_weights(model)
+    assert cached_weights(model) is weights
     model.set_weights(model.get_weights())  # equal values elsewhere in memory
-    assert model_weights(model) is weights
+    assert cached_weights(model) is weights
     model.set_weights([2 * value for value in model.get_weights()])
-    assert model_weights(model) is not weights
+    assert cached_weights(model) is not weights
 
 
 def test_a_model_that_only_looks_like_ours_is_read_through_itself(build, tokenizer, monkeypatch):
@@ -29,8 +29,8 @@ def test_a_model_that_only_looks_like_ours_is_read_through_itself(build, tokeniz
     layer = model.get_layer("logits")
     monkeypatch.setattr(layer, "call", lambda x: x[:, :, ::-1])  # which no configuration tells
     with pytest.warns(UserWarning, match="computes something else"):
-        assert model_weights(model) is None
-    assert model_weights(model) is None  # it is not tried again
+        assert cached_weights(model) is None
+    assert cached_weights(model) is None  # it is not tried again
     engine = make_engine(model, 1, "numba")
     logits = engine.read(np.zeros(3, np.int64), np.arange(3), np.arange(3))[0]
     np.testing.assert_allclose(logits, np.array(model(np.arange(T)[None]))[0, 2], atol=1e-5)
@@ -44,7 +44,7 @@ def test_a_long_context_is_compared_over_a_few_tokens(build, monkeypatch):
         return lambda rows, positions, ids: lengths.append(len(ids)) or read(rows, positions, ids), copy
 
     monkeypatch.setattr(weight_cache, "numpy_engine", counting)
-    assert model_weights(spread(build(V, 5 * weight_cache._NUM_COMPARED))) is not None
+    assert cached_weights(spread(build(V, 5 * weight_cache._NUM_COMPARED))) is not None
     assert lengths == [weight_cache._NUM_COMPARED]
 
 
@@ -53,7 +53,7 @@ def test_a_model_that_looks_ahead_is_read_through_itself(build, monkeypatch):
     layer = model.get_layer("logits")
     monkeypatch.setattr(layer, "call", lambda x: x + x[:, ::-1])
     with pytest.warns(UserWarning, match="computes something else"):
-        assert model_weights(model) is None
+        assert cached_weights(model) is None
 
 
 def test_each_way_to_change_a_variable_is_noticed(build, tmp_path):
@@ -70,10 +70,10 @@ def test_each_way_to_change_a_variable_is_noticed(build, tmp_path):
         lambda: model.load_weights(other),
         lambda: model.set_weights([value + 1 for value in model.get_weights()]),
     ):
-        before = model_weights(model)
-        assert model_weights(model) is before
+        before = cached_weights(model)
+        assert cached_weights(model) is before
         change()
-        after = model_weights(model)
+        after = cached_weights(model)
         assert after is not before
         np.testing.assert_array_equal(after.token_embedding, np.asarray(model.get_layer("token_embedding").weights[0]))
 
@@ -96,8 +96,8 @@ def test_a_setting_of_a_layer_that_changes_is_noticed(tokenizer, kind, name, val
 
     before = logits()
     np.testing.assert_allclose(before, np.array(model(ids))[0, -1], atol=1e-4)
-    weights = model_weights(model)
-    assert model_weights(model) is weights
+    weights = cached_weights(model)
+    assert cached_weights(model) is weights
     layer = next(layer for layer in model.layers if type(layer).__name__ == kind)
     old = getattr(layer, name)
     setattr(layer, name, value)
@@ -119,7 +119,7 @@ def test_added_and_removed_layers_are_noticed(tokenizer):
 
 def test_the_cache_does_not_keep_a_model_alive(tokenizer):
     model = transformer(tokenizer.vocab_size, T, num_layers=1, num_heads=2, hidden_dim=8)
-    model_weights(model)
+    cached_weights(model)
     known = len(weight_cache._cache)
     del model
     gc.collect()
@@ -151,17 +151,17 @@ def test_a_class_that_overrides_its_call_is_read_through_itself(tokenizer, tmp_p
 
     kind = type("Shifted", (keras.Model,), {name: shifted})
     model = kind(ours.input, ours.output)
-    assert model_weights(ours) is not None
-    assert model_weights(model) is None
+    assert cached_weights(ours) is not None
+    assert cached_weights(model) is None
     with pytest.raises(ValueError, match="Shifted overrides .*, which would be lost"):
         save(tmp_path, model, tokenizer)
     plain = type("Plain", (keras.Model,), {"train_step": lambda self, data: {}})(ours.input, ours.output)
-    assert model_weights(plain) is not None
+    assert cached_weights(plain) is not None
 
 
 def test_a_model_that_changes_one_logit_is_read_through_itself(build):
     model = build(V, T)
-    weights = model_weights(model)
+    weights = cached_weights(model)
     assert weight_cache._agree(model, weights)
     logits = model.output
     change = keras.ops.max(keras.ops.abs(logits)) * (-2 * keras.ops.one_hot([[7]], V))
