@@ -1,26 +1,30 @@
 import collections
 import gc
+import inspect
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from conftest import message_of
 
 import aigc_tf
-from aigc_tf.corpus import dataset
+from aigc_tf.corpus.dataset import make_store
 from aigc_tf.runs import tune as tune_module
+from aigc_tf.runs.folder import _FORMAT
+from aigc_tf.runs.pipeline import SETTINGS, run_pipeline
 from aigc_tf.runs.trials import trials_table
 from aigc_tf.runs.tune import tune
 from aigc_tf.runtime.backend import keras
-from aigc_tf.runtime.files import locked
+from aigc_tf.runtime.files import locked, write_json
 from aigc_tf.training.checkpoints import list_checkpoints
 from aigc_tf.training.logs import NoDisplay
+from aigc_tf.training.session import Session
 
 SMALL = {"context": 8, "steps": 2, "validations": 1, "num_layers": 1, "hidden_dim": 8, "valid_fraction": 0.2}
 SMALL |= {"model": "lstm"}
@@ -39,13 +43,38 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_better_setting_comes_first_and_its_run_is_kept(documents, tmp_path, capsys):
-    folder = tmp_path / "search"
+@pytest.fixture
+def without_training(monkeypatch):
+    """Let a trial only refuse wrong settings and write a `run.json`; its figure follows from the learning rate."""
+
+    def run(documents, folder, *, text_dir, progress, **given):
+        inspect.signature(run_pipeline).bind(documents, folder, **given)
+        settings = {**SETTINGS, **given}
+        if settings["model"] == "transformer":
+            if settings["hidden_dim"] % (settings["num_heads"] or 1):
+                raise ValueError("hidden_dim must be a multiple of num_heads")
+        elif settings["num_heads"]:
+            raise ValueError("an LSTM has no attention heads")
+        if settings["user_dict"] and settings["unit"] != "word":
+            raise ValueError("a user dictionary is for words")
+        figures = {"bits_per_char": 7 - math.log10(settings["learning_rate"]), "steps_done": settings["steps"]}
+        sha256 = {"model.keras": "", "tokenizer.json": ""}
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "run.json", {**_FORMAT, "sha256": sha256, "settings": settings, "figures": figures})
+        return figures
+
+    monkeypatch.setattr(tune_module, "run_pipeline", run)
+
+
+def test_the_better_setting_comes_first_and_its_run_is_kept(documents, tmp_path, capsys, monkeypatch):
+    folder, made = tmp_path / "search", []
+    monkeypatch.setattr("aigc_tf.runs.encoded_text.make_store", lambda *args: made.append(args) or make_store(*args))
     trials = tune(documents, folder, {"learning_rate": [1e-9, 1e-1]}, trials=5, **{**SMALL, "steps": 20})
     # Of two values there are two trials, however many are allowed.
     assert [trial["settings"] for trial in trials] == [{"learning_rate": 1e-1}, {"learning_rate": 1e-9}]
     assert trials[0]["bits_per_char"] < trials[1]["bits_per_char"] - 0.5
     assert names(folder) == ["best", "trials.json"]
+    assert len(made) == 1  # the text is encoded once
     run = aigc_tf.read_run(folder / "best")
     assert run["settings"]["learning_rate"] == 1e-1
     assert run["figures"]["bits_per_char"] == trials[0]["bits_per_char"]
@@ -60,7 +89,7 @@ def test_the_better_setting_comes_first_and_its_run_is_kept(documents, tmp_path,
     assert out[2] == "all settings of the space have been tried"
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("without_training")
 def test_a_resumed_search_equals_an_uninterrupted_one(documents, tmp_path, capsys):
     for trials in (2, 4):
         tune(documents, tmp_path / "twice", RATES, trials=trials, progress=False, **SMALL)
@@ -82,11 +111,13 @@ def test_a_resumed_search_equals_an_uninterrupted_one(documents, tmp_path, capsy
     assert names(tmp_path / "twice") == ["best", "trial-5", "trials.json"]  # which may be resumed
 
 
+@pytest.mark.usefixtures("without_training")
 def test_minutes_end_the_search_after_the_running_trial(documents, tmp_path):
     for done in (1, 2):
         assert len(tune(documents, tmp_path / "search", RATES, minutes=1e-9, progress=False, **SMALL)) == done
 
 
+@pytest.mark.usefixtures("without_training")
 def test_another_search_is_refused_in_the_same_folder(documents, tmp_path):
     folder = tmp_path / "search"
     tune(documents, folder, RATES, trials=1, progress=False, **SMALL)
@@ -107,6 +138,7 @@ def test_another_search_is_refused_in_the_same_folder(documents, tmp_path):
     assert "is damaged: entry 1" in message_of(ValueError, tune, documents, folder, RATES, trials=2, **SMALL)
 
 
+@pytest.mark.usefixtures("without_training")
 def test_a_failed_trial_is_listed_and_the_search_continues(documents, tmp_path, capsys):
     # 9 is no multiple of 2 heads; without heads to count an LSTM takes it.
     space = {"hidden_dim": [8, 9], "model": ["transformer", "lstm"]}
@@ -162,6 +194,7 @@ def test_ten_failures_without_a_success_end_the_search(documents, tmp_path):
     assert "multiple of num_heads" in message
 
 
+@pytest.mark.usefixtures("without_training")
 def test_a_search_over_units_uses_the_user_dictionary_for_words_alone(documents, tmp_path):
     fixed = {**SMALL, "user_dict": ["欲穷千里"]}
     trials = tune(documents, tmp_path / "search", {"unit": ["char", "word"]}, trials=2, progress=False, **fixed)
@@ -275,6 +308,7 @@ def test_a_keras_tuner_without_what_is_needed_is_refused(documents, tmp_path, mo
     assert not (tmp_path / "search").exists()
 
 
+@pytest.mark.usefixtures("without_training")
 def test_folders_that_the_search_did_not_make_stay(documents, tmp_path):
     folder = tmp_path / "search"
     tune(documents, folder, RATES, trials=1, progress=False, **SMALL)
@@ -285,75 +319,67 @@ def test_folders_that_the_search_did_not_make_stay(documents, tmp_path):
     assert names(folder) == ["best", "trial-1-my-copy", "trial-7", "trial-notes.txt", "trials.json"]
 
 
-def test_trials_encode_the_same_text_once(documents, tmp_path, monkeypatch):
-    made = []
-
-    def make_store(*args):
-        made.append(args)
-        return dataset.make_store(*args)
-
-    monkeypatch.setattr("aigc_tf.runs.encoded_text.make_store", make_store)
-    tune(documents, tmp_path / "search", RATES, trials=2, progress=False, **SMALL)
-    assert len(made) == 1
-
-
 def test_one_search_at_a_time_in_a_folder(documents, tmp_path):
     with ThreadPoolExecutor(1) as other, locked(tmp_path / "search"):
         search = other.submit(tune, documents, tmp_path / "search", RATES, trials=1, progress=False, **SMALL)
         assert "A training is running in this folder" in message_of(BlockingIOError, search.result)
 
 
+def stop_in_the_second_trial(signum):
+    """Return a method of `Session` that sends this process a signal at the third step of the second trial."""
+
+    def stop(session, batch, logs=None, end=Session.on_train_batch_end):
+        if session.run_dir.name == "trial-2" and session.step == 2:
+            os.kill(os.getpid(), signum)
+        end(session, batch, logs)
+
+    return stop
+
+
+SEARCH = {**SMALL, "steps": 6, "validations": 3}
 SCRIPT = """
-import aigc_tf.runs.tune
-if __name__ == "__main__":
-    aigc_tf.runs.tune.tune({documents!r}, {folder!r}, {space!r}, trials={trials!r}, **{fixed!r})
+import sys
+sys.path.insert(0, {path!r})
+from runs.test_tune import *
+Session.on_train_batch_end = stop_in_the_second_trial(signal.SIGKILL)
+tune({documents!r}, Path({folder!r}), RATES, trials=9, **SEARCH)
 """
 
 
-def stop_during_trial(documents, folder, number, signum, **fixed):
-    """Begin a search in another process, stop it while that trial trains; return its exit code, output and errors."""
-    script = SCRIPT.format(documents=documents, folder=str(folder), space=RATES, trials=9, fixed=fixed)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        ends = time.monotonic() + 240
-        while not (folder / f"trial-{number}" / "log.csv").exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < ends
-            time.sleep(0.02)
-        time.sleep(0.3)  # some steps
-        os.kill(process.pid, signum)
-        out, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    return process.returncode, out, errors
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_search_resumes_with_the_unfinished_trial(documents, tmp_path, monkeypatch, signum):
-    folder, fixed = tmp_path / "search", {**SMALL, "steps": 600, "validations": 60}
-    code, out, errors = stop_during_trial(documents, folder, 2, signum, **fixed)
+def resume(documents, folder):
+    """Resume a search that was stopped in its second trial."""
     kept = recorded(folder)
     assert [record["trial"] for record in kept] == [1]
     assert [name for name in names(folder) if name != ".lock"] == [".text", "best", "trial-2", "trials.json"]
-    newest = [str(path) for path in list_checkpoints(folder / "trial-2" / "checkpoints")]
-    if signum == signal.SIGINT:
-        assert "KeyboardInterrupt" in errors
-        assert f"stopped after 1 trial, kept in {folder}" in out
-        assert code != 0
-        assert len(newest) == 1
-    lines = []
-    monkeypatch.setattr(NoDisplay, "line", lambda self, text: lines.append(text))
-    trials = tune(documents, folder, RATES, trials=2, progress=False, **fixed)
-    assert [line.rpartition(" ")[2] for line in lines if line.startswith("resumes after step")] == newest
+    trials = tune(documents, folder, RATES, trials=2, progress=False, **SEARCH)
     assert recorded(folder)[:1] == kept
     assert sorted(trial["trial"] for trial in trials) == [1, 2]
     assert names(folder) == ["best", "trials.json"]
     assert aigc_tf.read_run(folder / "best")["figures"]["bits_per_char"] == trials[0]["bits_per_char"]
-    if newest:
-        at_once = tune(documents, tmp_path / "at once", RATES, trials=2, progress=False, **fixed)
-        assert without_seconds(at_once) == without_seconds(trials)
+    return trials
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_killed_search_resumes_with_the_unfinished_trial(documents, tmp_path):
+    path, folder = str(Path(__file__).parent.parent), str(tmp_path / "search")
+    script = SCRIPT.format(path=path, documents=documents, folder=folder)
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert (tmp_path / "search" / "trial-2" / "log.csv").exists()
+    resume(documents, tmp_path / "search")
+
+
+def test_ctrl_c_stops_a_search_which_resumes_from_the_last_step(documents, tmp_path, monkeypatch, capsys):
+    folder, lines = tmp_path / "search", []
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "on_train_batch_end", stop_in_the_second_trial(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            tune(documents, folder, RATES, trials=9, **SEARCH)
+    assert f"stopped after 1 trial, kept in {folder}" in capsys.readouterr().out
+    (newest,) = list_checkpoints(folder / "trial-2" / "checkpoints")
+    monkeypatch.setattr(NoDisplay, "line", lambda self, text: lines.append(text))
+    trials = resume(documents, folder)
+    assert [line for line in lines if line.startswith("resumes")] == [f"resumes after step 3, kept in {newest}"]
+    uninterrupted = tune(documents, tmp_path / "uninterrupted", RATES, trials=2, progress=False, **SEARCH)
+    assert without_seconds(uninterrupted) == without_seconds(trials)

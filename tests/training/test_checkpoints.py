@@ -367,10 +367,10 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(build_one, documen
     kept = folder / "checkpoints"
     # The log is ahead of the checkpoints at step 21, as there was a validation at step 20.
     for signum, moment, steps, last_validation in (
-        (signal.SIGTERM, "7", [7], "step"),
-        (signal.SIGKILL, "21", [7, 14], "20.0"),
-        (signal.SIGKILL, "written by half", [7, 14], "20.0"),
-        (signal.SIGKILL, "renamed", [7, 14, 21], "20.0"),
+        (signal.SIGTERM, "8", [7, 8], "step"),
+        (signal.SIGKILL, "21", [8, 14], "20.0"),
+        (signal.SIGKILL, "written by half", [8, 14], "20.0"),
+        (signal.SIGKILL, "renamed", [8, 14, 21], "20.0"),
     ):
         command = [sys.executable, "-c", SCRIPT, tmp_path / "texts", folder, str(int(signum)), moment]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
