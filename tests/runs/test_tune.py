@@ -380,6 +380,6 @@ def test_ctrl_c_stops_a_search_which_resumes_from_the_last_step(documents, tmp_p
     (newest,) = list_checkpoints(folder / "trial-2" / "checkpoints")
     monkeypatch.setattr(NoDisplay, "line", lambda self, text: lines.append(text))
     trials = resume(documents, folder)
-    assert [line for line in lines if line.startswith("resumes")] == [f"resumes after step 3, kept in {newest}"]
+    assert [line for line in lines if line.startswith("resumes")] == [f"resumes after step 3 from {newest}"]
     uninterrupted = tune(documents, tmp_path / "uninterrupted", RATES, trials=2, progress=False, **SEARCH)
     assert without_seconds(uninterrupted) == without_seconds(trials)
