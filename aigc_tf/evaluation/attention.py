@@ -59,7 +59,9 @@ def attention_maps(model: keras.Model, tokenizer: Tokenizer, text: str, layer: i
 
 def _layer(model: keras.Model, layer: int) -> keras.layers.Layer:
     if isinstance(model, TransformerWeights | LstmWeights):
-        raise ValueError("Attention maps need the model itself, got the result of load_writer. Use aigc_tf.load.")
+        raise ValueError(
+            "Attention maps need the model itself, got the weights that load_writer returns. Load it with aigc_tf.load."
+        )
     found = {each.name: each for each in getattr(model, "layers", ())}
     num_blocks = sum(re.fullmatch(r"block_\d+_attention", name) is not None for name in found)
     if not num_blocks:

@@ -45,7 +45,9 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
     from ..runtime.distribution import is_first_host
 
     if isinstance(model, TransformerWeights | LstmWeights):
-        raise ValueError("save needs a keras.Model, got the weights that load_writer returns. Load it with load.")
+        raise ValueError(
+            "save needs a keras.Model, got the weights that load_writer returns. Load it with aigc_tf.load."
+        )
     check_model(model, tokenizer)
     run = {
         **_FORMAT,

@@ -65,7 +65,7 @@ def test_the_weights_of_a_writer_are_evaluated_like_its_model(trained, tokenizer
         writer, tokenizer, texts[-1] + texts[2]
     )
     for function, arguments in ((save, (tmp_path, writer, tokenizer)), (attention_maps, (writer, tokenizer, "白"))):
-        assert "Load it with load." in message_of(ValueError, function, *arguments)
+        assert "Load it with aigc_tf.load." in message_of(ValueError, function, *arguments)
 
 
 def test_the_run_file_records_how_the_model_was_made(trained, tokenizer, tmp_path):
