@@ -17,12 +17,25 @@ from aigc_tf.runtime.backend import keras
 T = 48
 
 
-@pytest.fixture
-def model(build, tokenizer):
+def build_model(build, tokenizer):
     model = build(tokenizer.vocab_size, T, dropout=0.0)
     # Untrained logits are all alike: spread them, so that seed and context make a difference.
     for weight in model.trainable_weights:
         weight.assign(weight * 8)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model_and_weights(build, tokenizer):
+    model = build_model(build, tokenizer)
+    return model, model.get_weights()
+
+
+@pytest.fixture
+def model(model_and_weights):
+    """The same model in each test, as its graph is traced but once, with the same weights."""
+    model, weights = model_and_weights
+    model.set_weights(weights)
     return model
 
 
@@ -265,10 +278,11 @@ def test_a_model_that_has_changed_is_read_again(model, tokenizer, engine):
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-def test_a_model_that_is_trained_further_is_read_again(build, model, tokenizer, jit_compile):
+def test_a_model_that_is_trained_further_is_read_again(build, tokenizer, jit_compile):
     # Training may change variables where they stand in memory.
     if jit_compile and build.architecture == "lstm":
         pytest.skip("it takes long to compile")
+    model = build_model(build, tokenizer)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(3.0), loss, jit_compile=jit_compile)
     ids = np.array([tokenizer.encode("，".join(CLAUSES * 2))[: T + 1]], np.int32)

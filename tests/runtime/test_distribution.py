@@ -96,7 +96,7 @@ def test_two_devices_learn_what_one_learns(documents, tmp_path):
     jobs = [
         ("one", {"count": 1}, {}),
         ("two", {"precision": "auto"}, {}),
-        ("microbatches", {"count": 1}, {"num_microbatches": 2}),
+        ("microbatches", {"count": 1}, {"num_microbatches": 2}, "lstm"),
         ("shared microbatches", {"count": 2}, {"num_microbatches": 2}, "transformer"),
     ]
     if IS_JAX:
