@@ -1,11 +1,11 @@
-"""Chinese text generation on Keras: a folder of Chinese text in, a language model that writes out.
+"""Chinese text generation on Keras: from a folder of Chinese text to a language model that writes.
 
-One sentence carries the package: a language model is a `keras.Model` from token ids `int32 (B, T)` to
-logits `float32 (B, T, V)`, causal: `logits[:, t]` depends on `ids[:, :t+1]` alone.
+The package rests on one convention: a language model is a `keras.Model` from token ids `int32 (B, T)` to logits
+`float32 (B, T, V)`, causal: `logits[:, t]` depends on `ids[:, :t+1]` alone.
 
-Shapes: B sequences in a batch, T positions (the context), D hidden dimension, H attention heads,
-V vocabulary size. Between the stages pass only `str`, `list[int]`, NumPy arrays, `tf.data.Dataset`,
-`keras.Model` and `dict[str, float]`; the one class to know is `Tokenizer`.
+Shapes: B sequences in a batch, T positions (the context), D hidden dimension, H attention heads, V vocabulary size.
+Between the folders pass mostly plain types: `str`, `list[int]`, NumPy arrays, `tf.data.Dataset`, `keras.Model` and
+`dict[str, float]`; the one class to know is `Tokenizer`.
 
 Importing this package is cheap: each name below loads its module, and TensorFlow, when first used.
 """

@@ -1,4 +1,4 @@
-"""The commands' door: `python -m aigc_tf`, the same as `aigc-tf`."""
+"""Entry point of `python -m aigc_tf`, the same as `aigc-tf`."""
 
 import sys
 

@@ -132,7 +132,7 @@ def add_document_options(command) -> None:
 
 
 def add_model_options(command) -> None:
-    """Add the options that `train` and `estimate` share: all that decides what a training costs."""
+    """Add the options that `train` and `estimate` share: all that affects the cost."""
     add = command.add_argument
     add("--model", choices=("transformer", "lstm"), default="transformer", help="the architecture")
     add("--size", choices=("tiny", "small", "base"), default="tiny", help="the dimensions of the model")

@@ -69,14 +69,12 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
         "train",
         "train a model on your own text",
         "Train a language model on text files, and save it in a run folder with its tokenizer, its settings "
-        "and its figures on held-out documents. The same command resumes a training that was stopped or killed, "
+        "and its figures on held-out documents. The same command resumes a run that was stopped or killed, "
         "from its newest checkpoint.",
         "my_texts/ --model lstm --size small --out runs/mine",
     )
     add_document_options(train)
-    train.add_argument(
-        "--out", metavar="FOLDER", help="a new run folder, or that of a training to resume (default: one under runs/)"
-    )
+    train.add_argument("--out", metavar="FOLDER", help="a new run folder, or one to resume (default: one under runs/)")
     train.add_argument(
         "--config", metavar="FILE", help="take settings from this run.json; options that are given take precedence"
     )
@@ -115,8 +113,8 @@ def make_parser(train_settings: dict | None = None) -> argparse.ArgumentParser:
 
     estimate = add(
         "estimate",
-        "estimate what a training costs",
-        "Estimate what a training costs: parameters, FLOPs and memory by formulas; hours and kilowatt-hours by "
+        "estimate what a training run costs",
+        "Estimate what a training run costs: parameters, FLOPs and memory by formulas; hours and kilowatt-hours by "
         "a few seconds of real training steps on this device. Takes the options of train that affect the cost.",
         "my_texts/ --size base --steps 100000",
     )

@@ -1,4 +1,4 @@
-"""Cleaning: normalising the characters of a text that a reader cannot see."""
+"""Cleaning: clean(), which drops invisible characters and unifies line ends, blanks and full-width letters."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Banned words: which tokens contain one, and which would complete one after a text, in any tokenisation."""
+"""Banned words: the tokens that contain one, or would complete one, however the text is tokenised."""
 
 import bisect
 import functools

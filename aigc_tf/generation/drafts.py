@@ -1,4 +1,4 @@
-"""Drafts: a text written ahead, at each place of which the forced words that may come there are scored.
+"""Drafts: texts written ahead, with the score of each forced word at every place where it may come.
 
 While a text is drafted in a row of an engine, other rows read forced words token by token, each from the place of the
 draft where it would begin: log p(word | text before). `forced_words.py` decides what is kept of a draft.

@@ -1,4 +1,4 @@
-"""Graphs: recognising a model that `models/networks.py` builds by its graph, and reading its weights as arrays.
+"""Graphs: recognising by its layer graph a model that `models/networks.py` built, and reading its weights.
 
 The graph is walked from the logits backwards, as the model's configuration describes it, so that a file can be read
 without Keras. Every setting must be the one that `models/networks.py` uses; settings unknown here must be off.

@@ -1,4 +1,4 @@
-"""Estimate: estimate(), what a training costs: memory, hours, electricity; memory_warning(), whether it fits."""
+"""Estimate: estimate(), what a training run costs: memory, hours, electricity; memory_warning(), whether it fits."""
 
 import math
 
@@ -38,7 +38,7 @@ def estimate(
     seconds: float = 10.0,
     watts: float | None = None,
 ) -> dict[str, float]:
-    """Estimate what a training costs: parameters, FLOPs, memory, and after a short measurement time and energy.
+    """Estimate what a training run costs: parameters, FLOPs, memory, and after a short measurement time and energy.
 
     All figures but time and energy are formulas; they build no model, and so also hold for one that does not fit into
     this machine. For time, real training steps of the model run on this device for about `seconds`, if it fits. Memory
@@ -59,8 +59,8 @@ def estimate(
         dropout: see `transformer` and `lstm`; for the measurement, as the formulas assume some.
         precision: "float32", "mixed_bfloat16", "mixed_float16", or "auto", see `run_pipeline`.
         num_candidates: see `train`; for the measurement, as the formulas assume steps over all tokens.
-        train_tokens: the number of tokens to learn from, which are counted before and after the training.
-        valid_tokens: the number of tokens of the held-out documents. A training validates on about 200,000 of them at
+        train_tokens: the number of tokens to learn from, which are counted before and after training.
+        valid_tokens: the number of tokens of the held-out documents. Training validates on about 200,000 of them at
             most, and evaluates on 1,000,000 at its end.
         validations: see `train`.
         seconds: how long to measure; 0 measures nothing.
@@ -149,7 +149,7 @@ def estimate(
 
 
 def memory_warning(model: str = "transformer", size: str = "tiny", *, batch_size: int, context: int, **settings) -> str:
-    """Return a warning if a training does not fit into the memory of this device, with a change that would make it fit.
+    """Return a warning if training does not fit into the memory of this device, with a change that would make it fit.
 
     Args:
         model: see `estimate`.

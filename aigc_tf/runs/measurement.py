@@ -52,7 +52,7 @@ def seconds_per_evaluated_token(model, vocab_size: int, context: int, seconds: f
 
 
 class _StepTimer(keras.callbacks.Callback):
-    """Time the steps after the first few, and stop the training when the time is over."""
+    """Time the steps after the first few, and stop training when the time is over."""
 
     def __init__(self, seconds: float, steps_in_block: int):
         super().__init__()

@@ -62,7 +62,7 @@ def run_pipeline(
 ) -> dict[str, float]:
     """Preprocess, build, initialise, train, evaluate, predict: from documents to a run folder.
 
-    Called again with the same arguments, it resumes a training that was stopped or killed from its newest checkpoint,
+    Called again with the same arguments, it resumes a run that was stopped or killed from its newest checkpoint,
     as `train` does; when all is done, the checkpoints are deleted.
 
     `aigc-tf train` is this function, and `tune` calls it for each trial. To change a step, call the functions it
@@ -71,7 +71,7 @@ def run_pipeline(
 
     Args:
         documents: the documents, clean (see `load_documents`).
-        folder: the run folder to write, or that of a training to resume; it appears when training begins.
+        folder: the run folder to write, or one to resume; it appears when training begins.
         model: "transformer" or "lstm".
         size: the dimensions of the model, see `transformer` and `lstm`; the next three settings replace them.
         num_layers: the number of Transformer blocks or LSTM layers.
@@ -191,7 +191,7 @@ def run_pipeline(
         if steps_done < steps:
             show(
                 f"stopped after {steps_done:.0f} of {steps} steps; what was learned is kept, and the same command or "
-                "call resumes the training"
+                "call resumes training"
             )
         data = {"documents": len(documents), "characters": num_chars, "sha256": documents_sha256(documents)}
         # Before the evaluation, which may fail.
@@ -219,7 +219,7 @@ def run_pipeline(
 
 
 def is_unfinished_run(folder: Path) -> bool:
-    """Check whether a folder holds a training to resume, and nothing that resuming would overwrite."""
+    """Check whether a folder holds a run to resume, and nothing that resuming would overwrite."""
     if list_checkpoints(folder / CHECKPOINTS):
         return True
     # It was killed before its first checkpoint, or has just been locked. Hidden files are locks and leftovers.

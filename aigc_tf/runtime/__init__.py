@@ -1,5 +1,5 @@
-"""Runtime: what everything stands on. The backend and its devices, hardware, files that are written whole, numba.
+"""Runtime: what all other folders build on: backend and devices, hardware, atomic file writes, numba.
 
-In: what the system, Keras and TensorFlow or JAX offer. Out: `keras` and `tf`, loaded quietly; locks and whole files.
+In: what the system, Keras and TensorFlow or JAX offer. Out: `keras` and `tf`, loaded quietly; locks, atomic writes.
 Public: `use_devices`.
 """

@@ -13,7 +13,7 @@ _POWERCAP = Path("/sys/class/powercap")
 
 
 def available_bytes() -> float | None:
-    """Return how much memory a training can use: of the GPU if one is in use, else of the machine.
+    """Return how much memory training can use: of the GPU if one is in use, else of the machine.
 
     None if unknown: only Linux and Windows report it.
     """

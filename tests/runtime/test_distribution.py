@@ -65,7 +65,7 @@ def run(tmp_path, documents, *jobs, num_devices=2):
 
 
 def two_hosts(tmp_path, documents, settings=None):
-    """Start the two processes of one training."""
+    """Start the two processes of one run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"

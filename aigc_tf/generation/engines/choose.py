@@ -1,4 +1,4 @@
-"""Choose: which engine writes, by the model, the device and the settings."""
+"""Choose: choose_engine(), which picks the engine for a model, a device and settings."""
 
 from ...models.weights import LstmWeights, TransformerWeights
 from ...runtime.numba_availability import numba_is_usable, numba_problem
