@@ -1,4 +1,5 @@
-"""Fast training: the same step as Keras computes, faster on a CPU.
+"""Fast training: training steps on a CPU with TensorFlow that are faster than Keras' own.
 
-In: a compiled model. Out: a model of the same weights, whose step is fused, or whose LSTM is a loop of its own.
+In: a compiled model. Out: a model with the same weights, whose elementwise operations are fused by numba or XLA, and
+whose LSTM layers run in a faster loop.
 """

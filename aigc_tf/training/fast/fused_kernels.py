@@ -1,6 +1,6 @@
-"""Pass kernels: the loops of `passes`, over rows `first` to `last`, compiled for the CPU by numba.
+"""Fused kernels: the loops of `fused_ops` over the rows from `first` to before `last`, compiled by numba.
 
-Arrays are float32, or bfloat16 given by its bits, `uint16`; sums and functions are computed in float32.
+Arrays are float32, or bfloat16 as its bits in `uint16`. Sums and functions are computed in float32.
 """
 
 import math
@@ -13,18 +13,18 @@ from ...generation.engines.int16 import exp
 from ...runtime.numba_jit import numba_jit
 
 _f32, _u32 = np.float32, np.uint32
-# Sums in any order, and what else makes loops fast, but infinity and what is no number stay what they are.
+# All optimisations but those that assume finite numbers: infinity and NaN must be kept.
 _FAST = {"reassoc", "nsz", "arcp", "contract", "afn"}
-_FAR = _f32(8)  # where the GELU is x or 0 to all digits, and no product of what it is made of leaves float32
+_SATURATED = _f32(8)  # beyond it the GELU is x or 0 to all digits; within it float32 does not overflow
 _GELU_SCALE, _GELU_CUBIC = _f32(math.sqrt(2 / math.pi)), _f32(0.044715)
 
 
 def _load(array, i):
-    """Read a number of float32, or of bfloat16 given by its bits."""
+    """Read an element as float32."""
 
 
 def _rounded(array, x):
-    """Round x to what an array holds."""
+    """Round x to the dtype of an array."""
 
 
 @overload(_load, inline="always")
@@ -45,7 +45,7 @@ def _rounded_in_numba(array, x):
 
 @register_jitable(inline="always")
 def _largest(x, n, work):
-    """Find the largest of the first n of x, half against half: a loop that numba can run in vectors."""
+    """Return the largest of the first n elements of x, by comparing halves, which numba can vectorise."""
     half = (n + 1) // 2
     for j in range(n - half):
         work[j] = max(x[j], x[half + j])
@@ -66,15 +66,15 @@ def cross_entropy(first, last, logits, targets, share, nats, gradient):
     x, work = np.empty(num_logits, np.float32), np.empty(num_logits, np.float32)
     for row in range(first, last):
         source, out, target = logits[row], gradient[row], targets[row]
-        for j in range(num_logits):  # a loop of its own: memory keeps pace with it
+        for j in range(num_logits):  # a loop of its own, as fast as memory
             x[j] = _load(source, j)
-        largest, right = _largest(x, num_logits, work), x[target]
+        largest, target_logit = _largest(x, num_logits, work), x[target]
         total = _f32(0)
         for j in range(num_logits):
             odds = exp(x[j] - largest)
             x[j] = odds
             total += odds
-        nats[row] = largest + np.log(total) - right
+        nats[row] = largest + np.log(total) - target_logit
         scale = share / total
         for j in range(num_logits):
             out[j] = _rounded(out, x[j] * scale)
@@ -82,8 +82,8 @@ def cross_entropy(first, last, logits, targets, share, nats, gradient):
 
 
 @register_jitable(inline="always")
-def _odds(v):
-    """Compute exp(-2 z), where z is what the GELU takes the tanh of: (1 + tanh(z)) / 2 is 1 / (1 + exp(-2 z))."""
+def _exp_minus_2z(v):
+    """Compute exp(-2 z), where the GELU is x (1 + tanh(z)) / 2 = x / (1 + exp(-2 z))."""
     return exp(_f32(-2) * _GELU_SCALE * v * (_f32(1) + _GELU_CUBIC * v * v))
 
 
@@ -93,7 +93,7 @@ def gelu(first, last, x, y):
         source, out = x[row], y[row]
         for j in range(x.shape[1]):
             v = _load(source, j)
-            out[j] = _rounded(out, v / (_f32(1) + _odds(min(max(v, -_FAR), _FAR))))
+            out[j] = _rounded(out, v / (_f32(1) + _exp_minus_2z(min(max(v, -_SATURATED), _SATURATED))))
 
 
 @numba_jit(fastmath=_FAST)
@@ -101,17 +101,17 @@ def gelu_gradient(first, last, x, d_y, d_x):
     for row in range(first, last):
         source, given, out = x[row], d_y[row], d_x[row]
         for j in range(x.shape[1]):
-            v = min(max(_load(source, j), -_FAR), _FAR)
-            odds = _odds(v)
+            v = min(max(_load(source, j), -_SATURATED), _SATURATED)
+            odds = _exp_minus_2z(v)
             share = _f32(1) / (_f32(1) + odds)
             slope = _f32(2) * _GELU_SCALE * (_f32(1) + _f32(3) * _GELU_CUBIC * v * v)
-            # Not 1 - share, which is rounding where it should be nothing.
+            # Not 1 - share, which rounds to more than zero.
             out[j] = _rounded(out, _load(given, j) * (share + v * share * (odds * share) * slope))
 
 
 @register_jitable(inline="always")
 def _centred(source, n, out):
-    """Write a row less its mean, and return its variance."""
+    """Write a row minus its mean to `out`, and return its variance."""
     total, squares = _f32(0), _f32(0)
     for j in range(n):
         out[j] = _load(source, j)
@@ -193,7 +193,7 @@ def causal_softmax_gradient(first, last, probabilities, d_probabilities, d_score
 
 @numba_jit(fastmath=_FAST)
 def sum_of_squares(x):
-    total = _f32(0)  # in many sums side by side, as vectors have; in blocks, numba no longer reads in vectors
+    total = _f32(0)  # vectorised as several sums; sums of blocks would not be
     for j in range(len(x)):
         total += x[j] * x[j]
     return total

@@ -1,7 +1,7 @@
-"""Fused layers: norms, GELU, causal attention and the loss in one pass over memory each, as layers for a graph.
+"""Fused layers: norms, GELU, causal attention and the loss, each in one pass over memory.
 
-Each function that ends in `_pass` takes the call of a layer in a graph, and gives the output of what replaces it, or
-None where nothing does.
+A function `replace_...` takes a layer of a graph and the arguments it is called with, and returns the output of the
+fused layer, or None if this layer is not replaced.
 """
 
 import functools
@@ -10,18 +10,18 @@ import math
 from ...runtime.backend import keras, num_threads, tf
 from ...runtime.keras_internals import attention_dropout, attention_problem, is_masked
 from . import fused_ops
-from .lstm_loop import is_plain
+from .lstm_loop import has_default_settings
 
 
-def _pass(name: str, inputs: list, like: list, *settings) -> list:
-    """Call a function of `fused_ops` in a graph: results have the shapes and dtypes of the tensors `like`."""
+def _fused_op(name: str, inputs: list, like: list, *settings) -> list:
+    """Call a function of `fused_ops` in a graph; the results have the shapes and dtypes of the tensors `like`."""
     function, threads = getattr(fused_ops, name), num_threads()
     dtypes = [t.dtype for t in like]
     outputs = tf.nest.flatten(
         tf.numpy_function(
             lambda *arrays: function(*arrays, *settings, threads),
             inputs,
-            dtypes if len(dtypes) > 1 else dtypes[0],  # of a list of one, an eager call would return no list
+            dtypes if len(dtypes) > 1 else dtypes[0],  # an eager call returns no list for a list of one
             stateful=False,
         )
     )
@@ -30,30 +30,27 @@ def _pass(name: str, inputs: list, like: list, *settings) -> list:
     return outputs
 
 
-# --- layers and the loss: each takes the call of a layer in a graph, and gives the output of what stands in it, or None
-
-
-def without_cast(last, operation, args, kwargs):
-    """Leave the logits in the dtype of the layers: the loss takes them as they are."""
-    if operation is last and is_plain(operation, keras.layers.Identity, any_dtype=True):
+def skip_logits_cast(last, operation, args, kwargs):
+    """Leave the logits in the dtype of the layers, which the fused loss takes."""
+    if operation is last and has_default_settings(operation, keras.layers.Identity, any_dtype=True):
         return args[0] if args[0].dtype in ("float32", "bfloat16") else None
     return None
 
 
 @functools.cache
-def _kind_of_gelu() -> type:
+def _gelu_class() -> type:
     x = keras.Input((1,))
     return type(keras.Model(x, keras.ops.gelu(x)).operations[-1])
 
 
-def gelu_pass(operation, args, kwargs):
-    is_gelu = type(operation) is _kind_of_gelu() and getattr(operation, "approximate", False)
+def replace_gelu(operation, args, kwargs):
+    is_gelu = type(operation) is _gelu_class() and getattr(operation, "approximate", False)
     if not is_gelu or args[0].dtype not in ("float32", "bfloat16"):
         return None
-    return _Gelu(name=f"aigc_tf_{operation.name}", dtype=args[0].dtype)(args[0])
+    return _FusedGelu(name=f"aigc_tf_{operation.name}", dtype=args[0].dtype)(args[0])
 
 
-class _Gelu(keras.layers.Layer):
+class _FusedGelu(keras.layers.Layer):
     def call(self, x):
         return _gelu(x)
 
@@ -61,14 +58,15 @@ class _Gelu(keras.layers.Layer):
         return input_shape
 
 
-def norm_pass(operation, args, kwargs):
-    if not is_plain(operation, keras.layers.LayerNormalization, "axis", "epsilon") or operation.axis != [-1]:
+def replace_layer_norm(operation, args, kwargs):
+    if not has_default_settings(operation, keras.layers.LayerNormalization, "axis", "epsilon"):
         return None
-    is_served = len(args) == 1 and not kwargs and args[0].dtype == operation.compute_dtype
-    return _Norm(operation)(args[0]) if is_served and operation.gamma is not None is not operation.beta else None
+    is_supported = operation.axis == [-1] and operation.gamma is not None and operation.beta is not None
+    is_supported = is_supported and len(args) == 1 and not kwargs and args[0].dtype == operation.compute_dtype
+    return _FusedLayerNorm(operation)(args[0]) if is_supported else None
 
 
-class _Norm(keras.layers.Layer):
+class _FusedLayerNorm(keras.layers.Layer):
     def __init__(self, layer):
         super().__init__(name=f"aigc_tf_{layer.name}", dtype=layer.dtype_policy, autocast=False)
         self.layer, self.built = layer, True
@@ -80,18 +78,18 @@ class _Norm(keras.layers.Layer):
         return input_shape
 
 
-def attention_pass(operation, args, kwargs):
-    """Attend to oneself, with a causal mask alone."""
+def replace_attention(operation, args, kwargs):
+    """Replace self-attention with a causal mask and no other."""
     free = ("num_heads", "key_dim", "value_dim", "dropout", "attention_axes")
-    if not is_plain(operation, keras.layers.MultiHeadAttention, *free) or attention_problem(operation):
+    if not has_default_settings(operation, keras.layers.MultiHeadAttention, *free) or attention_problem(operation):
         return None
     inputs = [*args, *(kwargs.pop(name) for name in ("value", "key") if name in kwargs)]
-    is_served = kwargs == {"use_causal_mask": True} and len(inputs) > 1 and len(inputs[0].shape) == 3
-    is_served = is_served and all(x is inputs[0] for x in inputs) and not is_masked(inputs[0])
-    return _CausalAttention(operation)(inputs[0]) if is_served else None
+    is_supported = kwargs == {"use_causal_mask": True} and len(inputs) > 1 and len(inputs[0].shape) == 3
+    is_supported = is_supported and all(x is inputs[0] for x in inputs) and not is_masked(inputs[0])
+    return _FusedAttention(operation)(inputs[0]) if is_supported else None
 
 
-class _CausalAttention(keras.layers.Layer):
+class _FusedAttention(keras.layers.Layer):
     def __init__(self, layer):
         super().__init__(name=f"aigc_tf_{layer.name}", dtype=layer.dtype_policy)
         self.layer, self.built = layer, True
@@ -110,15 +108,15 @@ class _CausalAttention(keras.layers.Layer):
 
 @tf.custom_gradient
 def _gelu(x):
-    (y,) = _pass("gelu", [x], [x])
-    return y, lambda d_y: _pass("gelu_gradient", [x, d_y], [x])
+    (y,) = _fused_op("gelu", [x], [x])
+    return y, lambda d_y: _fused_op("gelu_gradient", [x, d_y], [x])
 
 
 def _layer_norm(x, gamma, beta, epsilon):
     @tf.custom_gradient
     def of(x, gamma, beta):
-        (y,) = _pass("layer_norm", [x, gamma, beta], [x], epsilon)
-        return y, lambda d_y: _pass("layer_norm_gradient", [x, gamma, d_y], [x, gamma, beta], epsilon)
+        (y,) = _fused_op("layer_norm", [x, gamma, beta], [x], epsilon)
+        return y, lambda d_y: _fused_op("layer_norm_gradient", [x, gamma, d_y], [x, gamma, beta], epsilon)
 
     return of(x, *(tf.cast(tf.convert_to_tensor(v), tf.float32) for v in (gamma, beta)))
 
@@ -126,8 +124,8 @@ def _layer_norm(x, gamma, beta, epsilon):
 def _causal_softmax(scores, scale):
     @tf.custom_gradient
     def of(scores):
-        (probabilities,) = _pass("causal_softmax", [scores], [scores], scale)
-        return probabilities, lambda d: _pass("causal_softmax_gradient", [probabilities, d], [scores], scale)
+        (probabilities,) = _fused_op("causal_softmax", [scores], [scores], scale)
+        return probabilities, lambda d: _fused_op("causal_softmax_gradient", [probabilities, d], [scores], scale)
 
     return of(scores)
 
@@ -135,7 +133,7 @@ def _causal_softmax(scores, scale):
 @tf.custom_gradient
 def _cross_entropy(logits, targets):
     """Compute the mean cross-entropy of logits (N, V) and targets (N,), in nats."""
-    nats, gradient = _pass("cross_entropy", [logits, targets], [tf.cast(targets, tf.float32), logits])
+    nats, gradient = _fused_op("cross_entropy", [logits, targets], [tf.cast(targets, tf.float32), logits])
 
     def backward(d):
         return tf.cond(tf.equal(d, 1.0), lambda: gradient, lambda: gradient * tf.cast(d, gradient.dtype)), None
@@ -143,8 +141,8 @@ def _cross_entropy(logits, targets):
     return tf.reduce_mean(nats), backward
 
 
-class ModelWithPasses(keras.Model):
-    """A graph whose loss takes logits in the dtype of the layers."""
+class FusedLossModel(keras.Model):
+    """A graph with the fused loss, which takes logits in the dtype of the layers."""
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         is_weighted = sample_weight is not None or is_masked(y_pred)

@@ -1,8 +1,8 @@
-"""Passes: what a training computes number by number, in one pass over memory each, compiled for the CPU by numba.
+"""Fused operations: the elementwise operations of training on a CPU, each in one pass over memory.
 
-A CPU that multiplies matrices in bfloat16 spends most of a training on moving numbers to and from memory: TensorFlow
-passes over all of them for each addition, each conversion, each square. Here a row is read, computed in float32 in the
-processor's cache, and written. Arrays are float32 or bfloat16, and all functions are of NumPy arrays.
+A CPU that multiplies matrices in bfloat16 spends most of a training step on moving numbers to and from memory:
+TensorFlow reads and writes all of them for each addition, conversion and square. Here each row is read once, computed
+in float32 in the processor's cache, and written. All functions take NumPy arrays in float32 or bfloat16.
 """
 
 import math
@@ -16,8 +16,8 @@ from ..sampled_softmax import check_targets
 from . import fused_kernels
 
 _f32 = np.float32
-_WORTH_A_THREAD = 2**16  # numbers; handing over costs a tenth of a millisecond
-_ALIGNMENT = 64  # of memory that TensorFlow takes without copying it
+_MIN_THREAD_SIZE = 2**16  # numbers per thread; starting its part takes a tenth of a millisecond
+_ALIGNMENT = 64  # bytes; TensorFlow uses memory aligned so without copying it
 
 
 def cross_entropy(logits: np.ndarray, targets: np.ndarray, num_threads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -25,14 +25,14 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, num_threads: int) -> 
 
     Args:
         logits: (N, V).
-        targets: the right one of each row, int32 (N,).
-        num_threads: how many threads share the rows.
+        targets: the target of each row, int32 (N,).
+        num_threads: the number of threads that share the rows.
 
     Returns:
-        The nats of each row, float32 (N,), and the gradient, like `logits`.
+        The cross-entropy of each row in nats, float32 (N,), and the gradient, shaped like `logits`.
 
     Raises:
-        ValueError: a target is none of the V.
+        ValueError: a target is not below V.
     """
     check_targets(targets, logits.shape[1])
     nats, gradient = _empty(targets.shape, _f32), _empty_like(logits)
@@ -42,14 +42,14 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray, num_threads: int) -> 
 
 
 def gelu(x: np.ndarray, num_threads: int) -> np.ndarray:
-    """Compute the GELU, by tanh, of x of any shape."""
+    """Compute the GELU of x, of any shape, in its tanh form."""
     y = _empty_like(x)
     _in_threads(fused_kernels.gelu, num_threads, _rows(x), _rows(y))
     return y
 
 
 def gelu_gradient(x: np.ndarray, d_y: np.ndarray, num_threads: int) -> np.ndarray:
-    """Compute the gradient of x from that of its GELU."""
+    """Compute the gradient of x from the gradient of its GELU."""
     d_x = _empty_like(x)
     _in_threads(fused_kernels.gelu_gradient, num_threads, _rows(x), _rows(d_y), _rows(d_x))
     return d_x
@@ -65,7 +65,7 @@ def layer_norm(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray, epsilon: floa
 def layer_norm_gradient(
     x: np.ndarray, gamma: np.ndarray, d_y: np.ndarray, epsilon: float, num_threads: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Compute the gradients of x, gamma and beta from that of the normalised x."""
+    """Compute the gradients of x, gamma and beta from the gradient of the output."""
     d_x = _empty_like(x)
     sums = [np.zeros((2, len(gamma)), _f32) for _ in range(num_threads)]
     _in_threads(
@@ -75,19 +75,19 @@ def layer_norm_gradient(
 
 
 def causal_softmax(scores: np.ndarray, scale: float, num_threads: int) -> np.ndarray:
-    """Turn scores (..., T, T) of queries and keys to probabilities: a query sees no later key."""
+    """Turn attention scores (..., T, T) into probabilities; a query sees no later key."""
     probabilities = _empty_like(scores)
-    _in_threads(fused_kernels.causal_softmax, num_threads, _squares(scores), _f32(scale), _squares(probabilities))
+    _in_threads(fused_kernels.causal_softmax, num_threads, _matrices(scores), _f32(scale), _matrices(probabilities))
     return probabilities
 
 
 def causal_softmax_gradient(
     probabilities: np.ndarray, d_probabilities: np.ndarray, scale: float, num_threads: int
 ) -> np.ndarray:
-    """Compute the gradient of the scores from that of their probabilities."""
+    """Compute the gradient of the scores from the gradient of their probabilities."""
     d_scores = _empty_like(probabilities)
-    squares = (_squares(a) for a in (probabilities, d_probabilities, d_scores))
-    _in_threads(fused_kernels.causal_softmax_gradient, num_threads, *squares, _f32(scale))
+    matrices = (_matrices(a) for a in (probabilities, d_probabilities, d_scores))
+    _in_threads(fused_kernels.causal_softmax_gradient, num_threads, *matrices, _f32(scale))
     return d_scores
 
 
@@ -110,17 +110,17 @@ def adamw(
 
     Args:
         weights: the weights, of any shapes.
-        gradients: likewise, and so the next two.
+        gradients: their gradients; these and the next two have the shapes of the weights.
         momenta: the running means of the gradients.
-        velocities: the running means of their squares.
-        decays: of each array the share of the weights that goes, times the learning rate.
+        velocities: the running means of the squared gradients.
+        decays: the weight decay of each array.
         rate: the learning rate.
-        step: the number of this step, from 1 on.
-        beta_1: the weight of the past in a momentum.
-        beta_2: the weight of the past in a velocity.
-        epsilon: what is added to the root of a velocity.
+        step: the number of this step, from 1.
+        beta_1: the decay rate of the momenta.
+        beta_2: the decay rate of the velocities.
+        epsilon: a small number added to the square root of a velocity.
         clip_norm: the largest global norm of the gradients, or None.
-        num_threads: how many threads share the work.
+        num_threads: the number of threads that share the work.
 
     Returns:
         The new weights, then the new momenta, then the new velocities.
@@ -135,7 +135,7 @@ def adamw(
     if clip_norm is not None:
         sums = _in_parts(lambda i, part: fused_kernels.sum_of_squares(old[1][i][part]), old[1], num_threads)
         norm = math.sqrt(sum(sums))
-        # As Keras does: a norm that is no number spoils all weights, and the training says so.
+        # As in Keras: a norm that is not finite makes all weights NaN, which training detects.
         scale = clip_norm / max(norm, clip_norm) + (norm - norm)
     settings = (beta_1, beta_2, rate * math.sqrt(1 - beta_2**step) / (1 - beta_1**step), epsilon, scale)
     settings = tuple(map(_f32, settings))
@@ -148,37 +148,37 @@ def adamw(
     return [a for arrays in new for a in arrays]
 
 
-def let_go_of_memory() -> None:
-    """Free the memory that is kept for the next results."""
-    _idle.clear()
+def release_buffers() -> None:
+    """Free the memory that is kept for later results."""
+    _free_buffers.clear()
 
 
 # --- memory and threads -----------------------------------------------------------------------------------------
 
-# Memory from the system comes page by page, which takes as long as a pass over it: so what TensorFlow has let go of is
-# used again. By size in bytes; a deque, which needs no lock: memory comes back in any thread, and amidst any line.
-_idle: dict[int, deque[np.ndarray]] = {}
+# The system maps new memory page by page, which takes as long as a pass over it; so buffers that TensorFlow has freed
+# are reused. By size in bytes. A deque needs no lock: a buffer may come back in any thread, at any time.
+_free_buffers: dict[int, deque[np.ndarray]] = {}
 
 
-class _Loan:
-    """Memory lent to an array: the base of that array and of all its views, so it lives as long as any of them."""
+class _BufferInUse:
+    """The base of an array in a buffer, and of all its views: it lives as long as any of them."""
 
-    def __init__(self, memory: np.ndarray):
-        self.__array_interface__ = memory.__array_interface__
+    def __init__(self, buffer: np.ndarray):
+        self.__array_interface__ = buffer.__array_interface__
 
 
 def _empty(shape: tuple[int, ...], dtype) -> np.ndarray:
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    idle = _idle.setdefault(size, deque())
+    free = _free_buffers.setdefault(size, deque())
     try:
-        memory = idle.pop()
+        buffer = free.pop()
     except IndexError:
-        memory = np.empty(size + _ALIGNMENT, np.uint8)
-        start = -memory.ctypes.data % _ALIGNMENT
-        memory = memory[start : start + size]
-    loan = _Loan(memory)
-    weakref.finalize(loan, idle.append, memory).atexit = False
-    return np.asarray(loan).view(dtype).reshape(shape)
+        buffer = np.empty(size + _ALIGNMENT, np.uint8)
+        start = -buffer.ctypes.data % _ALIGNMENT
+        buffer = buffer[start : start + size]
+    base = _BufferInUse(buffer)
+    weakref.finalize(base, free.append, buffer).atexit = False
+    return np.asarray(base).view(dtype).reshape(shape)
 
 
 def _empty_like(x: np.ndarray) -> np.ndarray:
@@ -186,7 +186,7 @@ def _empty_like(x: np.ndarray) -> np.ndarray:
 
 
 def _bits(x: np.ndarray) -> np.ndarray:
-    """View bfloat16, which numba does not know, as the upper half of float32's bits."""
+    """View bfloat16, which numba lacks, as the upper half of the bits of float32."""
     return x.view(np.uint16) if x.dtype.itemsize == 2 else x
 
 
@@ -194,44 +194,44 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return _bits(x).reshape(-1, x.shape[-1])
 
 
-def _squares(x: np.ndarray) -> np.ndarray:
+def _matrices(x: np.ndarray) -> np.ndarray:
     return _bits(x).reshape(-1, *x.shape[-2:])
 
 
-_helpers = ThreadPoolExecutor(thread_name_prefix="aigc_tf passes")
+_pool = ThreadPoolExecutor(thread_name_prefix="aigc_tf fused ops")
 
 
 def _in_threads(kernel, num_threads: int, first: np.ndarray, *others) -> None:
-    """Call a kernel for all rows of an array, in parts; of a list among the arguments each part has an element."""
-    parts = max(1, min(num_threads, len(first), first.size // _WORTH_A_THREAD))
+    """Call a kernel for all rows of an array, split among threads; each thread gets one element of a list argument."""
+    parts = max(1, min(num_threads, len(first), first.size // _MIN_THREAD_SIZE))
     cuts = [len(first) * i // parts for i in range(parts + 1)]
 
     def run(i):
         kernel(cuts[i], cuts[i + 1], first, *(other[i] if isinstance(other, list) else other for other in others))
 
-    _all(run, parts)
+    _run_parts(run, parts)
 
 
 def _in_parts(function, arrays: list[np.ndarray], num_threads: int) -> list:
-    """Call a function, in threads, of the number of each array and of slices of it; return what it returns."""
+    """Call a function in threads with the index of each array and slices of it, and return the results."""
     jobs = [
-        (i, slice(start, start + 4 * _WORTH_A_THREAD))
+        (i, slice(start, start + 4 * _MIN_THREAD_SIZE))
         for i, array in enumerate(arrays)
-        for start in range(0, len(array), 4 * _WORTH_A_THREAD)
+        for start in range(0, len(array), 4 * _MIN_THREAD_SIZE)
     ]
-    parts = num_threads if sum(map(len, arrays)) > _WORTH_A_THREAD else 1
+    parts = num_threads if sum(map(len, arrays)) > _MIN_THREAD_SIZE else 1
     results = [None] * len(jobs)
 
     def run(part):
         for n in range(part, len(jobs), parts):
             results[n] = function(*jobs[n])
 
-    _all(run, parts)
+    _run_parts(run, parts)
     return results
 
 
-def _all(run, parts: int) -> None:
-    helpers = [_helpers.submit(run, i) for i in range(1, parts)]
+def _run_parts(run, parts: int) -> None:
+    futures = [_pool.submit(run, i) for i in range(1, parts)]
     run(0)
-    for helper in helpers:
-        helper.result()
+    for future in futures:
+        future.result()

@@ -1,30 +1,30 @@
-"""Fused optimizer: the step of AdamW in one pass over the gradients and one over the weights."""
+"""Fused optimizer: AdamW in one pass over the gradients and one over the weights."""
 
 from ...runtime.backend import keras, num_threads, tf
 from ...runtime.keras_internals import adamw_problem, adamw_state
 from . import fused_ops
 
 
-def is_plain_adamw(optimizer) -> bool:
-    """Check whether an optimizer is an AdamW that `OnePassAdamW` can stand in for."""
-    return is_usual_adamw(optimizer) and adamw_problem(optimizer) is None
+def can_fuse(optimizer) -> bool:
+    """Return whether `FusedAdamW` can stand in for an optimizer."""
+    return has_supported_settings(optimizer) and adamw_problem(optimizer) is None
 
 
-def is_usual_adamw(optimizer) -> bool:
-    """Check whether an optimizer is an AdamW with the usual settings."""
-    unusual = ("amsgrad", "clipnorm", "clipvalue", "use_ema", "gradient_accumulation_steps", "loss_scale_factor")
+def has_supported_settings(optimizer) -> bool:
+    """Return whether an optimizer is AdamW without the settings that `FusedAdamW` does not support."""
+    unsupported = ("amsgrad", "clipnorm", "clipvalue", "use_ema", "gradient_accumulation_steps", "loss_scale_factor")
     return (
         type(optimizer) is keras.optimizers.AdamW
         and optimizer.built
-        and not any(getattr(optimizer, name) for name in unusual)
+        and not any(getattr(optimizer, name) for name in unsupported)
     )
 
 
-class OnePassAdamW(keras.optimizers.Optimizer):
-    """Take the steps of an AdamW optimizer, with its state, in one pass over the gradients and one over the weights.
+class FusedAdamW(keras.optimizers.Optimizer):
+    """AdamW in one pass over the gradients and one over the weights, with the state of an optimizer of Keras.
 
-    The norm is that of the gradients. Keras on TensorFlow takes that of a gather's before it adds them up, which is
-    larger or smaller by some hundredths; with JAX it takes this one.
+    The global norm is that of the gradients. Keras on TensorFlow takes that of an embedding's gradient before its rows
+    are summed by token, and so its norm differs by some hundredths; on JAX it is the same as here.
     """
 
     def __init__(self, adamw: keras.optimizers.AdamW):
@@ -33,7 +33,7 @@ class OnePassAdamW(keras.optimizers.Optimizer):
 
     @property
     def learning_rate(self):
-        """The learning rate, which is that of the optimizer it stands for."""
+        """The learning rate of the optimizer of Keras."""
         return self.adamw.learning_rate
 
     @learning_rate.setter
@@ -42,7 +42,7 @@ class OnePassAdamW(keras.optimizers.Optimizer):
 
     def apply(self, grads, trainable_variables=None):
         variables = list(trainable_variables)
-        if not all(_is_plain_weight(v) and g is not None for v, g in zip(variables, grads, strict=True)):
+        if not all(_is_supported_weight(v) and g is not None for v, g in zip(variables, grads, strict=True)):
             self.adamw.apply(grads, variables)
             return
         momenta, velocities, decays = adamw_state(self.adamw, variables)
@@ -68,5 +68,5 @@ class OnePassAdamW(keras.optimizers.Optimizer):
         self.adamw.iterations.assign_add(1)
 
 
-def _is_plain_weight(variable) -> bool:
+def _is_supported_weight(variable) -> bool:
     return variable.dtype == "float32" and variable.constraint is None

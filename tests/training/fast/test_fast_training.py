@@ -5,15 +5,16 @@ from aigc_tf.models import networks
 from aigc_tf.runtime import backend
 from aigc_tf.runtime.backend import keras, tf
 from aigc_tf.training.fast import fast_training as module
-from aigc_tf.training.fast.fast_training import fast_model, fast_training, passes_problem
-from aigc_tf.training.fast.fused_layers import ModelWithPasses
+from aigc_tf.training.fast import fused_optimizer
+from aigc_tf.training.fast.fast_training import fast_model, fast_training, fusion_problem
+from aigc_tf.training.fast.fused_layers import FusedLossModel
 from aigc_tf.training.optimizer import compile_model
 
 pytest.importorskip("numba")
 V, T, B = 50, 9, 4
-PASSES = "elementwise operations in passes compiled by numba"
-LOOP = "LSTM layers in a loop of our own"
-FUSED = "elementwise operations fused by XLA"
+FUSED_BY_NUMBA = "elementwise operations fused by numba"
+LOOP = "a faster loop for LSTM layers"
+FUSED_BY_XLA = "elementwise operations fused by XLA"
 
 
 def built(name, precision="float32", dropout=0.1, num_layers=2):
@@ -24,10 +25,10 @@ def built(name, precision="float32", dropout=0.1, num_layers=2):
 
 
 def trained(name, precision, is_fast, steps=4):
-    """Return what a model of fixed seeds becomes in some steps, and their losses."""
+    """Train a model with fixed seeds for some steps; return it and the losses."""
     generator = np.random.default_rng(0)
     model = built(name, precision)
-    to_train = fast_model(model, with_passes=True) if is_fast else model
+    to_train = fast_model(model, use_fused_ops=True) if is_fast else model
     losses = []
     for _ in range(steps):
         ids = generator.integers(0, V, (B, T + 1))
@@ -37,13 +38,13 @@ def trained(name, precision, is_fast, steps=4):
 
 
 def weights(model):
-    """Return all weights but the biases of keys, whose gradient is nothing but rounding: a softmax ignores them."""
+    """Return all weights but the biases of keys, whose gradient is only rounding: a softmax ignores them."""
     return np.hstack([v.numpy().ravel() for v in model.trainable_variables if not v.path.endswith("key/bias")])
 
 
 @pytest.mark.parametrize("name", ["transformer", "lstm"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("mixed_bfloat16", 0.1)])
-def test_training_is_that_of_keras(name, precision, tolerance):
+def test_training_equals_that_of_keras(name, precision, tolerance):
     start = weights(built(name, precision))
     slow, slow_losses = trained(name, precision, is_fast=False)
     fast, fast_losses = trained(name, precision, is_fast=True)
@@ -54,14 +55,16 @@ def test_training_is_that_of_keras(name, precision, tolerance):
     assert names[0] == names[1]
 
 
-@pytest.mark.parametrize(("name", "methods"), [("transformer", [PASSES]), ("lstm", [LOOP, PASSES])])
-def test_another_model_is_trained_and_the_model_itself_stays_as_it_is(name, methods):
+@pytest.mark.parametrize(
+    ("name", "optimisations"), [("transformer", [FUSED_BY_NUMBA]), ("lstm", [LOOP, FUSED_BY_NUMBA])]
+)
+def test_another_model_is_trained_and_the_original_is_not_changed(name, optimisations):
     model = built(name, "mixed_bfloat16", dropout=0.0)
     owners = [model, model.optimizer, *model.operations]
     before = [set(vars(owner)) for owner in owners]
     calls = [owner.call for owner in model.operations]
-    with fast_training(model, num_tokens=1) as (other, said):
-        assert said == methods
+    with fast_training(model, num_tokens=1) as (other, shown):
+        assert shown == optimisations
         assert other is not model
         assert not other.jit_compile
         ids = np.random.default_rng(0).integers(0, V, (B, T))
@@ -74,36 +77,36 @@ def test_another_model_is_trained_and_the_model_itself_stays_as_it_is(name, meth
     assert model(ids).dtype == tf.float32
 
 
-def test_all_of_a_transformer_that_is_no_product_is_replaced():
+def test_all_elementwise_layers_of_a_transformer_are_fused():
     model = built("transformer")
-    kinds = [type(operation).__name__ for operation in fast_model(model, with_passes=True).operations]
-    assert [kinds.count(kind) for kind in ("_Norm", "_Gelu", "_CausalAttention")] == [5, 2, 2]
+    kinds = [type(operation).__name__ for operation in fast_model(model, use_fused_ops=True).operations]
+    assert [kinds.count(kind) for kind in ("_FusedLayerNorm", "_FusedGelu", "_FusedAttention")] == [5, 2, 2]
     assert not {"LayerNormalization", "Gelu", "MultiHeadAttention", "Identity"} & set(kinds)
 
 
-def test_what_is_not_as_it_is_known_is_left_to_keras(monkeypatch):
+def test_layers_with_other_settings_are_left_to_keras(monkeypatch):
     def kinds_of(make, width=6):
         ids = keras.Input((T,), dtype="int32")
         x = keras.layers.Embedding(V, width)(ids)
         model = keras.Model(ids, keras.layers.Dense(V)(make(x)))
         compile_model(model, 10)
-        other = fast_model(model, with_passes=True)
+        other = fast_model(model, use_fused_ops=True)
         values = np.zeros((2, T), np.int32)
         assert np.isfinite(other.train_on_batch(values, values))
         return {type(operation).__name__ for operation in other.operations}
 
     norm, attention = keras.layers.LayerNormalization, keras.layers.MultiHeadAttention
-    assert "_Norm" in kinds_of(norm())
+    assert "_FusedLayerNorm" in kinds_of(norm())
     for settings in ({"center": False}, {"gamma_regularizer": "l2"}, {"axis": 1}):
-        assert "_Norm" not in kinds_of(norm(**settings))
+        assert "_FusedLayerNorm" not in kinds_of(norm(**settings))
     with pytest.warns(UserWarning, match="rms_scaling"):
-        assert "_Norm" not in kinds_of(norm(rms_scaling=True))
-    assert "_CausalAttention" in kinds_of(lambda x: attention(2, 3)(x, x, use_causal_mask=True))
-    assert "_CausalAttention" not in kinds_of(lambda x: attention(2, 3)(x, x))
-    assert "_CausalAttention" not in kinds_of(lambda x: attention(2, 3)(x, x + 1, use_causal_mask=True))
-    assert "_CausalAttention" not in kinds_of(lambda x: attention(2, 3, use_bias=False)(x, x, use_causal_mask=True))
-    monkeypatch.setattr("aigc_tf.training.fast.fast_training.attention_problem", lambda layer: "it lacks something")
-    assert "_CausalAttention" not in kinds_of(lambda x: attention(2, 3)(x, x, use_causal_mask=True))
+        assert "_FusedLayerNorm" not in kinds_of(norm(rms_scaling=True))
+    assert "_FusedAttention" in kinds_of(lambda x: attention(2, 3)(x, x, use_causal_mask=True))
+    assert "_FusedAttention" not in kinds_of(lambda x: attention(2, 3)(x, x))
+    assert "_FusedAttention" not in kinds_of(lambda x: attention(2, 3)(x, x + 1, use_causal_mask=True))
+    assert "_FusedAttention" not in kinds_of(lambda x: attention(2, 3, use_bias=False)(x, x, use_causal_mask=True))
+    monkeypatch.setattr("aigc_tf.training.fast.fused_layers.attention_problem", lambda layer: "it lacks something")
+    assert "_FusedAttention" not in kinds_of(lambda x: attention(2, 3)(x, x, use_causal_mask=True))
 
 
 def test_other_optimizers_and_losses_are_left_to_keras():
@@ -111,18 +114,18 @@ def test_other_optimizers_and_losses_are_left_to_keras():
         model = built("lstm")
         model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
         model.optimizer.build(model.trainable_variables)
-        return type(fast_model(model, with_passes=True).optimizer).__name__
+        return type(fast_model(model, use_fused_ops=True).optimizer).__name__
 
-    assert optimizer_of(keras.optimizers.AdamW()) == "OnePassAdamW"
+    assert optimizer_of(keras.optimizers.AdamW()) == "FusedAdamW"
     assert optimizer_of(keras.optimizers.SGD()) == "SGD"
     assert optimizer_of(keras.optimizers.AdamW(use_ema=True)) == "AdamW"
 
     def problem_with(loss):
         model = built("lstm")
         model.compile("adamw", loss)
-        return passes_problem(model)
+        return fusion_problem(model)
 
-    assert passes_problem(built("lstm")) is None
+    assert fusion_problem(built("lstm")) is None
     for loss in (
         "mse",
         keras.losses.SparseCategoricalCrossentropy(),
@@ -132,7 +135,7 @@ def test_other_optimizers_and_losses_are_left_to_keras():
 
 
 def masked():
-    """Return a compiled model whose loss takes no account of padding, as its layers pass on a mask."""
+    """Return a compiled model whose loss ignores padding, as its layers pass on a mask."""
     keras.utils.set_random_seed(0)
     ids = keras.Input((T,), dtype="int32")
     x = keras.layers.LayerNormalization()(keras.layers.Embedding(V, 8, mask_zero=True)(ids))
@@ -141,22 +144,22 @@ def masked():
     return model
 
 
-def test_what_is_masked_counts_for_nothing():
+def test_masked_positions_are_ignored():
     ids = np.random.default_rng(0).integers(1, V, (B, T + 1))
     ids[0, 3:] = 0
     inputs, targets = ids[:, :-1], ids[:, 1:]
     expected = masked().train_on_batch(inputs, targets)
     model = masked()
-    assert passes_problem(model) == "a layer passes on a mask"
+    assert fusion_problem(model) == "a layer passes on a mask"
     in_a_row = keras.Sequential(masked().layers)
     compile_model(in_a_row, 10)
-    assert passes_problem(in_a_row) == "a layer passes on a mask"
-    with fast_training(model, 100) as (to_train, methods):
-        assert PASSES not in methods
+    assert fusion_problem(in_a_row) == "a layer passes on a mask"
+    with fast_training(model, 100) as (to_train, optimisations):
+        assert FUSED_BY_NUMBA not in optimisations
         assert to_train.train_on_batch(inputs, targets) == pytest.approx(expected, rel=1e-6)
-    with_passes = ModelWithPasses(model.inputs[0], model.outputs[0])
-    with_passes.compile(loss=model.loss)
-    losses = [float(m.compute_loss(inputs, tf.constant(targets), m(inputs))) for m in (model, with_passes)]
+    fused_model = FusedLossModel(model.inputs[0], model.outputs[0])
+    fused_model.compile(loss=model.loss)
+    losses = [float(m.compute_loss(inputs, tf.constant(targets), m(inputs))) for m in (model, fused_model)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -178,7 +181,7 @@ def test_models_of_other_precisions_train(name, policy):
         assert np.isfinite([other.train_on_batch(ids, ids) for _ in range(2)]).all()
 
 
-def test_frozen_layers_stay_as_they_are():
+def test_frozen_layers_are_not_trained():
     model = networks.transformer(V, T, num_layers=1, hidden_dim=16, num_heads=2)
     for name in ("token_embedding", "block_0_attention", "final_norm"):
         model.get_layer(name).trainable = False
@@ -193,7 +196,7 @@ def test_frozen_layers_stay_as_they_are():
         np.testing.assert_array_equal(one, other)
 
 
-def test_targets_outside_the_vocabulary_are_an_error_as_with_keras():
+def test_targets_outside_the_vocabulary_are_refused_as_by_keras():
     model = built("lstm")
     ids = np.zeros((B, T), np.int32)
     with fast_training(model, 1) as (other, _):
@@ -213,22 +216,22 @@ def test_a_hidden_gpu_changes_nothing(monkeypatch):
     )
     model = built("lstm")
     assert not model.jit_compile
-    with fast_training(model, 1) as (other, methods):
-        assert methods == [LOOP, PASSES]
+    with fast_training(model, 1) as (other, optimisations):
+        assert optimisations == [LOOP, FUSED_BY_NUMBA]
         assert not other.jit_compile
 
 
-def test_without_numba_it_says_so_and_xla_fuses_long_trainings(monkeypatch):
+def test_without_numba_xla_fuses_long_trainings(monkeypatch):
     monkeypatch.setattr("aigc_tf.training.fast.fast_training.numba_problem", lambda: "numba is not installed")
-    with fast_training(built("transformer"), num_tokens=1) as (_, methods):
-        assert methods == ["elementwise operations by TensorFlow (numba is not installed)"]
-    with fast_training(built("transformer"), num_tokens=1e12) as (_, methods):
-        assert methods == [FUSED]
-    with fast_training(built("lstm"), num_tokens=1e12) as (_, methods):
-        assert methods == [LOOP, FUSED]
+    with fast_training(built("transformer"), num_tokens=1) as (_, optimisations):
+        assert optimisations == ["elementwise operations not fused (numba is not installed)"]
+    with fast_training(built("transformer"), num_tokens=1e12) as (_, optimisations):
+        assert optimisations == [FUSED_BY_XLA]
+    with fast_training(built("lstm"), num_tokens=1e12) as (_, optimisations):
+        assert optimisations == [LOOP, FUSED_BY_XLA]
 
 
-def test_a_learning_rate_that_is_set_is_that_of_the_steps():
+def test_a_learning_rate_can_be_set_during_training():
     model = built("lstm")
     model.compile(keras.optimizers.AdamW(0.01), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.optimizer.build(model.trainable_variables)
@@ -242,31 +245,32 @@ def test_a_learning_rate_that_is_set_is_that_of_the_steps():
             assert (before != weights(model)).any() == changes
 
 
-def test_it_says_what_keras_lacks_for_the_fast_way(monkeypatch):
+def test_what_this_keras_does_not_allow_to_fuse_is_shown(monkeypatch):
     monkeypatch.setattr(module, "attention_problem", lambda layer: "MultiHeadAttention lacks query_dense")
-    with fast_training(built("transformer"), 1) as (_, methods):
-        assert methods == [PASSES, "attention as Keras has it (MultiHeadAttention lacks query_dense)"]
-    with fast_training(built("lstm"), 1) as (_, methods):
-        assert methods == [LOOP, PASSES]
-    monkeypatch.setattr(module, "adamw_problem", lambda optimizer: "AdamW lacks _momentums")
-    with fast_training(built("lstm"), 1) as (trained, methods):
-        assert methods == [LOOP, PASSES, "AdamW as Keras has it (AdamW lacks _momentums)"]
+    with fast_training(built("transformer"), 1) as (_, optimisations):
+        assert optimisations == [FUSED_BY_NUMBA, "attention not fused (MultiHeadAttention lacks query_dense)"]
+    with fast_training(built("lstm"), 1) as (_, optimisations):
+        assert optimisations == [LOOP, FUSED_BY_NUMBA]
+    for owner in (module, fused_optimizer):
+        monkeypatch.setattr(owner, "adamw_problem", lambda optimizer: "AdamW lacks _momentums")
+    with fast_training(built("lstm"), 1) as (trained, optimisations):
+        assert optimisations == [LOOP, FUSED_BY_NUMBA, "AdamW not fused (AdamW lacks _momentums)"]
         assert type(trained.optimizer) is keras.optimizers.AdamW
     model = built("lstm")
     compile_model(model, 10, num_microbatches=2)
-    with fast_training(model, 1) as (_, methods):  # left to Keras for what it is set to do, not for what it lacks
-        assert methods == [LOOP, PASSES]
+    with fast_training(model, 1) as (_, optimisations):  # left to Keras because of its settings
+        assert optimisations == [LOOP, FUSED_BY_NUMBA]
 
 
 @pytest.mark.parametrize("name", [pytest.param("transformer", marks=pytest.mark.slow), "lstm"])
-def test_fused_operations_learn_the_same(name, monkeypatch):
+def test_operations_fused_by_xla_learn_the_same(name, monkeypatch):
     monkeypatch.setattr("aigc_tf.training.fast.fast_training.numba_problem", lambda: "numba is not installed")
     ids = np.random.default_rng(0).integers(0, V, (B, T + 1))
     losses = []
     for num_tokens in (0, 1e15):
         model = built(name, dropout=0.0, num_layers=1)
-        with fast_training(model, num_tokens) as (other, methods):
-            assert (FUSED in methods) == bool(num_tokens)
+        with fast_training(model, num_tokens) as (other, optimisations):
+            assert (FUSED_BY_XLA in optimisations) == bool(num_tokens)
             assert tf.config.optimizer.get_jit() == ("autoclustering" if num_tokens else "")
             losses.append([float(other.train_on_batch(ids[:, :-1], ids[:, 1:])) for _ in range(4)])
     assert losses[0][-1] < losses[0][0] - 0.02
@@ -274,7 +278,7 @@ def test_fused_operations_learn_the_same(name, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["intra", "inter"])
-def test_operations_have_the_threads_of_the_usable_cores_or_those_that_tensorflow_was_told(kind, monkeypatch):
+def test_the_number_of_threads_is_that_of_the_usable_cores_unless_it_is_set(kind, monkeypatch):
     name = f"TF_NUM_{kind.upper()}OP_THREADS"
     monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(backend, "usable_cores", lambda: 3)
