@@ -132,7 +132,10 @@ def num_replicas() -> int:
     """Count the models that share a batch: 1, unless `use_devices` says otherwise."""
     if keras.backend.backend() == "jax":
         distribution = keras.distribution.distribution()
-        return distribution.num_model_replicas if distribution else 1
+        if distribution is None:
+            return 1
+        mesh = distribution.device_mesh
+        return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
