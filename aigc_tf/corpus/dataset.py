@@ -29,13 +29,13 @@ def make_dataset(
 ) -> "tf.data.Dataset | Batches":
     """Cut documents into windows of next-token prediction, full and of one shape.
 
-    The documents stand in one row, `BOS document EOS BOS document EOS ...`. A window begins where a
-    document begins, so that the positions of a model mean what they mean when it writes; the next one begins
-    with the first document that did not fit whole.
+    The documents form one long array, `BOS document EOS BOS document EOS ...`. A window starts with a document, so that
+    positions mean the same in training and in generation; the next window starts with the first document that did not
+    fit whole.
 
-    With a seed the dataset is endless, for training with `steps_per_epoch`: each pass shuffles the windows
-    anew, and batch i is a function of (seed, i) alone, so a run can go on at any step. Without one it is a
-    single pass in order, of known length; windows that do not fill a batch are left out.
+    With a seed the dataset is endless: each epoch shuffles the windows anew, and batch i depends only on the seed and
+    i, so that training can resume at any step. Without a seed it is one epoch in order, of known length; windows that
+    do not fill a batch are left out.
 
     Args:
         documents: documents, or the ids of a store (`make_store`, `open_store`).

@@ -1,4 +1,4 @@
-"""Store: documents as one long row of token ids, in memory or in a folder on disk."""
+"""Store: documents as one long array of token ids, in memory or in a folder on disk."""
 
 import hashlib
 import os
@@ -17,20 +17,20 @@ _NUM_SLICES = 100  # of a sample
 
 
 def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, processes: int = 1) -> np.ndarray:
-    """Encode documents into a token store, one long row of ids, on disk or in memory.
+    """Encode documents into a token store: one long array of ids, on disk or in memory.
 
-    On disk it is a folder of `tokens.bin`, the documents one after the other, each framed by begin and end
-    of document, as uint16 or uint32; and `manifest.json` with their numbers, hashes and the tokenizer's
-    fingerprint. The folder appears when it is complete.
+    Each document is framed by the ids for begin and end of document. On disk, the store is a folder with the ids in
+    `tokens.bin`, and their number, type, hash and the tokenizer's fingerprint in `manifest.json`. The folder appears
+    only when it is complete.
 
     Args:
-        documents: the documents, also from a generator: for a store on disk one chunk at a time is in memory.
+        documents: the documents, or a generator of them: with a `path`, only a chunk at a time is in memory.
         tokenizer: the tokenizer.
-        path: the folder to make, or None for memory.
+        path: the folder to create, or None for a store in memory.
         processes: how many processes encode (see `Tokenizer.train`).
 
     Returns:
-        The ids, `uint16` or `uint32`, shape (tokens,); those on disk memory-mapped as by `open_store`.
+        The ids, `uint16` or `uint32`, shape (tokens,); with a `path`, memory-mapped as by `open_store`.
 
     Raises:
         FileExistsError: `path` exists already.
@@ -71,7 +71,7 @@ def make_store(documents: Iterable[str], tokenizer: Tokenizer, path=None, proces
 
 
 def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
-    """Open a token store that `make_store` made, without reading it into memory.
+    """Open a token store made by `make_store`, without reading it into memory.
 
     Args:
         path: the folder.
@@ -82,8 +82,8 @@ def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no store at `path`.
-        ValueError: the store belongs to another tokenizer, or is of another size or dtype than it says. That its ids
-            are those that were written is not looked at, as it would take reading them.
+        ValueError: the store belongs to another tokenizer, or its size or dtype is not that of its manifest. The hash
+            is not checked, as that would mean reading all ids.
     """
     path = Path(path)
     if not (path / _MANIFEST).is_file():
@@ -91,7 +91,7 @@ def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
     try:
         manifest = parse_json((path / _MANIFEST).read_text("utf-8"))
         if any(manifest.get(key) != value for key, value in _FORMAT.items()):
-            raise ValueError(f"it must say {_FORMAT}")
+            raise ValueError(f"it must contain {_FORMAT}")
         dtype, num_tokens, made_with = (manifest[key] for key in ("dtype", "tokens", "tokenizer"))
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{path / _MANIFEST} cannot be read by this version: {error}.") from None
@@ -113,7 +113,7 @@ def count_tokens(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def sample_tokens(ids: np.ndarray, num_tokens: int) -> np.ndarray:
-    """Take about `num_tokens` of a store that has more, in slices that lie evenly over it; of another, all."""
+    """Take about `num_tokens` of a store, in slices spread evenly over it; or all, if it has no more."""
     if len(ids) <= num_tokens:
         return ids
     size = max(1, num_tokens // _NUM_SLICES)
@@ -122,7 +122,7 @@ def sample_tokens(ids: np.ndarray, num_tokens: int) -> np.ndarray:
 
 
 def blocks_of(ids: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield where each block of a store begins, and its ids: a store on disk may be larger than the memory."""
+    """Yield the start and the ids of each block of a store, which may be larger than the memory."""
     for start in range(0, len(ids), _BLOCK):
         yield start, ids[start : start + _BLOCK]
 

@@ -266,7 +266,7 @@ def read_run(path) -> dict:
 def _check_run(run) -> None:
     """Refuse a `run.json` of another format, or with settings that are not a dict or hold no documents out."""
     if not isinstance(run, dict) or any(run.get(key) != value for key, value in _FORMAT.items()):
-        raise ValueError(f"it must say {_FORMAT}")
+        raise ValueError(f"it must contain {_FORMAT}")
     hashes = run.get("sha256")
     if not isinstance(hashes, dict) or set(hashes) != {_MODEL, _TOKENIZER}:
         raise ValueError(f"its sha256 must be of {_MODEL} and {_TOKENIZER}, and of nothing else")

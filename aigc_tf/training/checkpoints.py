@@ -1,4 +1,4 @@
-"""Checkpoints: all of a training's state in one file, from which it goes on as if it had never stopped."""
+"""Checkpoints: the whole state of a training in one file, from which it resumes as if never interrupted."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from ..runtime.files import rename, temporary_path
 CHECKPOINTS = "checkpoints"  # the folder, in that of a run
 _FORMAT = {"format": "aigc_tf checkpoint", "version": 1}
 _RECORD = "record"
-# The second number is the file's checksum: a name is given in one stroke, when all is written.
+# The second number is the checksum of the file, which gets this name when it is complete.
 _NAME = re.compile(r"step-\d{10}-([0-9a-f]{8})\.npz")
 
 
@@ -24,29 +24,29 @@ def list_checkpoints(folder) -> list[Path]:
     """List the checkpoints of a folder, oldest first.
 
     Args:
-        folder: the folder; there need not be one.
+        folder: the folder, which need not exist.
 
     Returns:
-        Their files. Those that a killed process did not finish are not among them.
+        Their files, without those that a killed process left unfinished.
     """
     return sorted(path for path in Path(folder).glob("step-*.npz") if _NAME.fullmatch(path.name))
 
 
 def write_checkpoint(folder, step: int, arrays: dict[str, list[np.ndarray]], record: dict, keep: int) -> Path:
-    """Write a checkpoint, and delete those before the last few.
+    """Write a checkpoint, and delete the oldest ones.
 
     Args:
-        folder: where they are; it is made if need be.
+        folder: the folder of the checkpoints, created if it does not exist.
         step: how many steps the training has done.
         arrays: lists of arrays by name.
-        record: what else there is to know, anything that JSON can hold.
-        keep: how many checkpoints to keep, this one among them.
+        record: everything else, as JSON can hold it.
+        keep: how many checkpoints to keep, including this one.
 
     Returns:
-        The file, such as `step-0000001200-9f86d081.npz`. It appears when it is complete and on the disk.
+        The file, such as `step-0000001200-9f86d081.npz`. It appears only when it is complete and on the disk.
 
     Raises:
-        OSError: it cannot be written; no part of it is left, and those before it are.
+        OSError: it cannot be written. Nothing of it is left, and earlier checkpoints are kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +65,9 @@ def write_checkpoint(folder, step: int, arrays: dict[str, list[np.ndarray]], rec
 
 
 def delete_checkpoints(run_dir) -> None:
-    """Delete the checkpoints of a run folder, as a training that is done needs none.
+    """Delete the checkpoints of a run folder, which a finished training no longer needs.
 
-    What cannot be deleted stays, and does no harm: the same training, called again, is done at once.
+    Files that cannot be deleted do no harm: the same training, started again, ends immediately.
     """
     shutil.rmtree(Path(run_dir, CHECKPOINTS), ignore_errors=True)
 
@@ -75,15 +75,14 @@ def delete_checkpoints(run_dir) -> None:
 def read_newest(
     folder, warn: Callable[[str], None]
 ) -> tuple[dict[str, list[np.ndarray]], dict, Path] | tuple[None, None, None]:
-    """Read the newest checkpoint that is whole.
+    """Read the newest undamaged checkpoint.
 
     Args:
-        folder: where they are.
-        warn: what to do with a line on each one that is damaged, and skipped.
+        folder: the folder of the checkpoints.
+        warn: called with a warning about each damaged checkpoint, which is skipped.
 
     Returns:
-        Its arrays and its record as they were given to `write_checkpoint`, and its file; three times None if there
-        is none.
+        Its arrays and record as given to `write_checkpoint`, and its file; `(None, None, None)` if there is none.
     """
     for path in reversed(list_checkpoints(folder)):
         if _checksum(path) != _NAME.fullmatch(path.name).group(1):
@@ -92,7 +91,7 @@ def read_newest(
         with np.load(path) as entries:
             record = json.loads(entries[_RECORD].tobytes())
             if any(record.get(name) != value for name, value in _FORMAT.items()):
-                raise ValueError(f"{path} cannot be read by this version: it must say {_FORMAT}.")
+                raise ValueError(f"{path} cannot be read by this version: it must contain {_FORMAT}.")
             arrays = {kind: [entries[f"{kind}-{i}"] for i in range(n)] for kind, n in record["numbers"].items()}
         return arrays, record, path
     return None, None, None
@@ -107,17 +106,17 @@ def _checksum(path: Path) -> str:
 
 
 def require_same(path: Path, before: dict, now: dict, warn: Callable[[str], None]) -> None:
-    """Refuse to go on with a training that is not the one of a checkpoint.
+    """Refuse to resume another training than that of a checkpoint.
 
     Args:
         path: the checkpoint.
-        before: what tells that training from others, as its record has it.
-        now: the same of this one. A list is compared item by item, and so is a dict.
-        warn: what to do with a line on what layers have now and did not have then, or the other way round: settings
-            that another version of Keras has brought, or taken away.
+        before: the identity of the training in its record.
+        now: the identity of this training.
+        warn: called with a warning about layer settings that only one of them has, which are ignored: another version
+            of Keras added or removed them.
 
     Raises:
-        ValueError: they are not the same; it names what differs.
+        ValueError: they differ; the message says where.
     """
     now = json.loads(json.dumps(now, default=str))
     layers, layers_now = before.get("model", {}), now.get("model", {})

@@ -268,8 +268,8 @@ def test_what_is_not_a_run_is_refused(trained, tokenizer, tmp_path, load):
         load(tmp_path)
     for content, reason in (
         ("{", "Expecting property name"),
-        ("[1]", "it must say"),
-        ('{"version": 1}', "it must say"),
+        ("[1]", "it must contain"),
+        ('{"version": 1}', "it must contain"),
     ):
         (tmp_path / "run.json").write_text(content, "utf-8")
         for read in (load, read_run):
