@@ -77,12 +77,13 @@ def _load_backend():
             # Looking for devices is when TensorFlow reports a missing GPU driver.
             tf.config.list_physical_devices()
     except ModuleNotFoundError as error:
-        if error.name not in ("tensorflow", "jax"):
+        missing = (error.name or "").partition(".")[0]  # the package of a module such as tensorflow.python
+        if missing not in ("tensorflow", "jax"):
             raise
         raise ModuleNotFoundError(
-            f"aigc_tf is to compute with {error.name} here, which is not installed. Install tensorflow, or jax with "
-            "KERAS_BACKEND=jax set before Python starts.",
-            name=error.name,
+            f"aigc_tf needs {missing} here, which is not installed. Install tensorflow, or install jax and set "
+            "KERAS_BACKEND=jax before Python starts.",
+            name=missing,
         ) from None
     return keras, tf
 
