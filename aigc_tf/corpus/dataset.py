@@ -101,12 +101,12 @@ def batches_of(
     """Make batches of rows, with tf.data where TensorFlow is installed.
 
     Args:
-        rows_of: from the places of rows, `int64 (B,)`, to the rows, `int32 (B, T + 1)`. Batch i has the places from
-            i * B to (i + 1) * B - 1.
+        rows_of: a function from positions, `int64 (B,)`, to rows of tokens, `int32 (B, T + 1)`. Batch i has the
+            positions from i * B to (i + 1) * B - 1.
         batch_size: B.
         context: T.
         start: the number of the first batch.
-        end: the number after that of the last; None for endless batches.
+        end: the number after that of the last batch; None for endless batches.
     """
     end = _ENDLESS if end is None else end
     tf = tensorflow_for_data()
@@ -161,7 +161,7 @@ def _window_starts(tokens: np.ndarray, bos: int, context: int) -> np.ndarray:
             f"The corpus has {len(tokens)} tokens, but one window needs context + 1 = {context + 1}. "
             "Add text or lower `context`."
         )
-    # A document that ends with the row fits whole, as one before another document does.
+    # The end of the row is a boundary too.
     begins = [start + np.flatnonzero(block == bos) for start, block in blocks_of(tokens)]
     boundaries = np.concatenate([*begins, [len(tokens)]])
     if boundaries[0] > 0:
@@ -169,7 +169,7 @@ def _window_starts(tokens: np.ndarray, bos: int, context: int) -> np.ndarray:
     # Where a window begins with a document, the last boundary up to which every document is whole, all its tokens
     # being targets by then: the window after it begins there, unless the first document is longer than a window.
     whole = np.searchsorted(boundaries, boundaries + context + 1, side="right") - 1
-    # Plain numbers, of which a loop over a billion tokens takes millions; lists of them would take 40 bytes each.
+    # Without lists: a billion tokens have millions of windows, and a list takes 40 bytes for each number.
     boundaries, whole, starts, i = memoryview(boundaries), memoryview(whole), array("q"), 0
     while (start := boundaries[i]) + context + 1 <= len(tokens):
         if whole[i] > i:
@@ -185,12 +185,12 @@ def _window_starts(tokens: np.ndarray, bos: int, context: int) -> np.ndarray:
         starts.append(start)
         i = bisect.bisect_right(boundaries, start + context + 1, lo=i + 1) - 1
     if start < len(tokens) - 1:
-        starts.append(len(tokens) - context - 1)  # what is left, filled up from before
+        starts.append(len(tokens) - context - 1)  # the rest, and tokens before it to fill the window
     return np.frombuffer(starts, np.int64)
 
 
 def as_seed(seed) -> int:
-    """Return a seed of any type of whole numbers as Python's own; refuse one that TensorFlow cannot hold."""
+    """Return a whole number of any type as an `int`; refuse one that is no seed for TensorFlow."""
     try:
         fits = 0 <= seed < 2**63 and seed == int(seed)
     except TypeError:

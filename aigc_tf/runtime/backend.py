@@ -112,7 +112,7 @@ def tensorflow_for_data():
 
 
 def uses_gpu() -> bool:
-    """Tell whether the backend computes on a GPU."""
+    """Return whether the backend computes on a GPU."""
     if keras.backend.backend() == "jax":
         # Asked for GPUs alone, JAX raises an error where there are none.
         return any(name.startswith(("gpu", "cuda")) for name in keras.distribution.list_devices())
@@ -120,7 +120,7 @@ def uses_gpu() -> bool:
 
 
 def uses_accelerator() -> bool:
-    """Tell whether the backend computes on a GPU or TPU."""
+    """Return whether the backend computes on a GPU or TPU."""
     if keras.backend.backend() == "jax":
         return any(not name.startswith("cpu") for name in keras.distribution.list_devices())
     return any(tf.config.list_logical_devices(kind) for kind in ("GPU", "TPU"))

@@ -29,31 +29,29 @@ def use_devices(
     num_hosts: int = 1,
     host: int = 0,
 ) -> str:
-    """Train on these devices from now on. Call it before a model is built; nothing else in a script changes.
+    """Choose the devices to train on. Call it before a model is built; nothing else in a script changes.
 
-    Several devices share each batch, each with a model of its own and the sum of all gradients. A model that does
-    not fit into one device is divided among `model_parallel` of them. Several GPUs work with TensorFlow; TPUs,
-    divided models and several hosts with JAX (`KERAS_BACKEND=jax`, extra `[jax]`).
+    Several devices share each batch: each has a copy of the model, and their gradients are summed. A model that does
+    not fit into one device is split across `model_parallel` of them. TensorFlow supports several GPUs; TPUs, split
+    models and several hosts need JAX (`KERAS_BACKEND=jax`, extra `[jax]`).
 
     Args:
-        count: how many devices, of all hosts; None takes all there are. With 1 and one host, what was chosen before
-            is taken back.
-        model_parallel: among how many devices one model is divided. It divides `count`, and of the model the number
-            of heads and the widths.
-        precision: the dtype policy of models from now on: "float32", "mixed_bfloat16", "mixed_float16", or "auto" for
-            what the device computes best in. That is bfloat16 on a TPU and on GPUs that have it (compute capability 8.0
-            and above), float16 with a scaled loss on GPUs that have tensor cores for that alone (7.x, such as the T4),
-            else float32.
-        coordinator: the address of host 0 and a free port, "10.0.0.1:1234", where a training runs on several hosts:
-            each starts the same script with its own `host`, and sees the same files.
+        count: the number of devices on all hosts together; None takes all. 1, on one host, undoes an earlier choice.
+        model_parallel: the number of devices that one model is split across. `count`, the number of attention heads
+            and the widths of the model must be multiples of it.
+        precision: the dtype policy of models built from now on: "float32", "mixed_bfloat16", "mixed_float16", or "auto"
+            for the fastest that the device supports well: bfloat16 on TPUs and on GPUs of compute capability 8.0 and
+            above, float16 with loss scaling on those of 7.x (such as the T4), else float32.
+        coordinator: for several hosts, the address of host 0 and a free port there, such as "10.0.0.1:1234". Each host
+            starts the same script with its own `host`, and sees the same files.
         num_hosts: the number of hosts.
-        host: the number of this one, from 0.
+        host: the number of this host, from 0.
 
     Returns:
-        A sentence that says what is used.
+        The devices and the precision, in words.
 
     Raises:
-        ValueError: there are not so many devices, a number does not divide another, or the backend cannot do it.
+        ValueError: there are fewer devices, a number is no multiple of another, or the backend does not support it.
 
     Example:
         >>> use_devices(1, precision="float32")
@@ -67,11 +65,11 @@ def use_devices(
     is_jax = keras.backend.backend() == "jax"
     if not is_jax and (model_parallel > 1 or num_hosts > 1):
         raise ValueError(
-            "A model divided among devices, and several hosts, need JAX: pip install jax, and set "
+            "A model split across devices, and several hosts, need JAX: pip install jax, and set "
             "KERAS_BACKEND=jax before Python starts."
         )
     if model_parallel > 1 and num_hosts > 1:
-        raise ValueError("A model divided among devices can be trained on one host only, so far.")
+        raise ValueError("model_parallel > 1 supports one host only. Set num_hosts=1, or model_parallel=1.")
     if num_hosts > 1:
         if coordinator is None:
             raise ValueError(
@@ -149,7 +147,7 @@ def num_hosts() -> int:
 
 
 def is_first_host() -> bool:
-    """Tell whether this process is the one that writes files and shows what happens."""
+    """Return whether this process is the one that writes files and shows progress."""
     if keras.backend.backend() != "jax":
         return True
     import jax
@@ -183,7 +181,7 @@ def should_stop_all_hosts(check: int) -> bool:
 
 
 def check_distribution(batch_size: int) -> None:
-    """Refuse, before a training begins, what would go wrong in the midst of it, or silently.
+    """Refuse what would fail in the middle of training, or go wrong silently.
 
     Args:
         batch_size: B, the windows in a step.
@@ -284,7 +282,7 @@ class _Divided(keras.distribution.ModelParallel):
             if re.search(f"(^|/)({pattern})$", variable.path):  # the optimizer's moments are laid out as their weights
                 if variable.shape[axis] % parts:
                     raise ValueError(
-                        f"A model divided among {parts} devices needs multiples of {parts} as its number of heads and "
+                        f"A model split across {parts} devices needs multiples of {parts} as its number of heads and "
                         f"its widths, got the shape {tuple(variable.shape)} of {variable.path}."
                     )
                 axes[axis] = "model"

@@ -1,5 +1,6 @@
 """Training: step 4 of the article. A model and batches in, the best weights and a history out.
 
-In: a model, a dataset, held-out documents. Out: the trained model, `log.csv`, TensorBoard's logs, checkpoints.
+In: a model, the batches of `make_dataset`, held-out documents. Out: the trained model and its history; in a run folder
+`log.csv`, logs for TensorBoard, checkpoints.
 Public: `train`.
 """

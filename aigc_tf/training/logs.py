@@ -1,4 +1,4 @@
-"""Logs: what a training shows on standard output, and what it writes for TensorBoard."""
+"""Logs: the progress that a training run shows on standard output, and scalars for TensorBoard."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ from ..runtime.backend import tensorflow_for_data
 
 
 class Display:
-    """Show lines that stay, and in a terminal or a notebook one in between that is overwritten."""
+    """Show lines that stay, and in a terminal or a notebook a last line that is overwritten."""
 
     def __init__(self):
         self.is_live = sys.stdout.isatty() or in_notebook()
@@ -37,7 +37,7 @@ class NoDisplay:
 
 
 class TensorBoardLog:
-    """Scalars in a folder that TensorBoard shows, by TensorBoard's own writer, which needs no TensorFlow.
+    """Scalars in a folder for TensorBoard, written by TensorBoard's own writer, which needs no TensorFlow.
 
     Args:
         folder: the folder.

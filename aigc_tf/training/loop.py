@@ -1,4 +1,4 @@
-"""Loop: the phases of a training, and how `fit` is called in each of them."""
+"""Loop: the phases of a training run, and the calls of `fit` in each of them."""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Phase(NamedTuple):
-    """A part of a training.
+    """A part of a training run.
 
     Attributes:
         model: the compiled model to train; it shares the weights of the language model.
@@ -36,7 +36,7 @@ class Phase(NamedTuple):
 def phases(
     model: keras.Model, steps: int, num_candidates: int, counts: np.ndarray | None, seed: int = 0
 ) -> list[Phase]:
-    """Divide a training into the steps with a sampled softmax, if any, and those with the full softmax.
+    """Divide a training run into the steps with a sampled softmax, if any, and those with the full softmax.
 
     Args:
         model: the language model, compiled.
