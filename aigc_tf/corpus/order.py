@@ -29,8 +29,8 @@ def shuffled(places: np.ndarray, num_windows: int, seed: int) -> np.ndarray:
         [0, 2, 1, 0, 1, 2]
 
     Source:
-        R. Beaulieu et al., "The SIMON and SPECK families of lightweight block ciphers" (2013), with four rounds; J. Black
-        and P. Rogaway, "Ciphers with arbitrary finite domains" (2002), for numbers other than powers of two.
+        R. Beaulieu et al., "The SIMON and SPECK families of lightweight block ciphers" (2013), with four rounds;
+        J. Black and P. Rogaway, "Ciphers with arbitrary finite domains" (2002), for numbers other than powers of two.
     """
     if num_windows == 1:
         return np.zeros_like(places)

@@ -16,6 +16,8 @@ from .session import Session, stop_on_signals
 if TYPE_CHECKING:
     from ..runtime.backend import tf
 
+_UNKNOWN = -2  # tf.data.UNKNOWN_CARDINALITY
+
 
 class Phase(NamedTuple):
     """A part of a training run.
@@ -64,7 +66,9 @@ def run_phase(
     """Train from the step where the session is to the end of a phase, or until a signal stops it."""
     num_steps = phase.end - session.step
     session.phase_end = phase.end
-    block_size = choose_steps_per_execution(session.steps_per_validation, checkpoint_steps)
+    # Keras does not report data that ends within a block.
+    may_end = int(train_data.cardinality()) == _UNKNOWN
+    block_size = 1 if may_end else choose_steps_per_execution(session.steps_per_validation, checkpoint_steps)
     with (
         stop_on_signals(session),
         fast_training(phase.model, num_steps * session.tokens_per_step) as (trained, optimisations),

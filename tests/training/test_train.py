@@ -187,6 +187,16 @@ def test_data_with_too_few_batches_is_refused(build, documents, tokenizer):
             train(model, train_data, tokenizer, documents[:2], **settings)
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # from Keras
+def test_data_that_ends_within_a_block_of_steps_is_refused(build_one, documents, tokenizer, monkeypatch):
+    pytest.importorskip("tensorflow")
+    monkeypatch.setattr("aigc_tf.training.loop.uses_accelerator", lambda: True)  # which takes 16 steps at a time
+    data = make_dataset(documents, tokenizer, T, 4).filter(lambda *_: True)
+    model, steps = build_one(tokenizer.vocab_size, T, num_layers=1), 1 + sum(1 for _ in data)
+    with pytest.raises(ValueError, match=f"ended after {steps - 1} of {steps} batches"):
+        train(model, data, tokenizer, documents[:2], steps=steps, validations=1, num_candidates=0, progress=False)
+
+
 def test_batches_of_varying_size_are_refused(build, documents, tokenizer):
     pytest.importorskip("tensorflow")
     data = make_dataset(documents, tokenizer, T, 4, seed=0).unbatch().batch(4)
