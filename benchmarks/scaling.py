@@ -23,7 +23,7 @@ from unittest import mock
 import aigc_tf
 from aigc_tf.runtime.backend import keras
 from aigc_tf.runtime.files import write_json
-from aigc_tf.training import train as train_module
+from aigc_tf.training import optimizer
 
 HERE = Path(__file__).parent
 # When data/scaling.json was measured; change it with the results.
@@ -101,7 +101,7 @@ def train_by_cosine(model, data, tokenizer, valid_documents, learning_rate) -> d
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, STEPS - STEPS // 20, alpha=0.1, warmup_target=learning_rate, warmup_steps=STEPS // 20
     )
-    with mock.patch.object(train_module, "WarmupStableDecay", return_value=schedule):
+    with mock.patch.object(optimizer, "WarmupStableDecay", return_value=schedule):
         return aigc_tf.train(
             model, data, tokenizer, valid_documents, steps=STEPS, learning_rate=learning_rate,
             validations=VALIDATIONS, num_candidates=0, progress=False,
