@@ -111,6 +111,11 @@ class Session(keras.callbacks.Callback):
             self._write_log()
             self.tensorboard = TensorBoardLog(run_dir / "tensorboard", self.display)
 
+    def close(self) -> None:
+        """Close the logs in the run folder, if there is one."""
+        if self.folder:
+            self.tensorboard.close()
+
     def show_optimisations(self, optimisations: list[str]) -> None:
         """Show the optimisations used, unless this was done before."""
         if optimisations and not self.has_shown_optimisations:

@@ -152,9 +152,12 @@ def train(
             identity = _identity(model, train_data, tokenizer, valid_documents, {**settings, **others})
             session.open_run_dir(Path(run_dir), identity, checkpoint_minutes, checkpoint_steps, keep_checkpoints)
         counts = train_data.counts() if num_candidates else None
-        for phase in phases(model, steps, num_candidates, counts, getattr(train_data, "seed", None) or 0):
-            if session.step < phase.end and not session.stop_signal:
-                run_phase(phase, session, train_data, batch_size, num_microbatches, checkpoint_steps)
+        try:
+            for phase in phases(model, steps, num_candidates, counts, getattr(train_data, "seed", None) or 0):
+                if session.step < phase.end and not session.stop_signal:
+                    run_phase(phase, session, train_data, batch_size, num_microbatches, checkpoint_steps)
+        finally:
+            session.close()
     if session.best_weights:
         model.set_weights(session.best_weights)
     return session.history

@@ -2,6 +2,7 @@ import csv
 import math
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -120,6 +121,8 @@ def test_the_logs_have_the_figures_of_the_history(build, documents, tokenizer, t
     assert [float(row["bits_per_char"]) for row in rows] == history["bits_per_char"]
     assert [float(row["loss"]) for row in rows] == history["loss"]
     assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+    # Its writer's thread has ended with it.
+    assert not [thread for thread in threading.enumerate() if "AsyncWriter" in type(thread).__name__]
 
 
 def test_the_training_loss_is_the_loss_of_the_batches(build, documents, tokenizer):
