@@ -161,3 +161,9 @@ def change_weights(path, change):
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in parts.items():
             archive.writestr(name, data)
+
+
+def only(tokenizer, text):
+    """A bias that leaves nothing but the characters of a text and the end."""
+    kept = {tokenizer.EOS, *tokenizer.encode(text)}
+    return dict.fromkeys(set(range(tokenizer.vocab_size)) - kept, -float("inf"))

@@ -3,7 +3,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import CLAUSES, breaking_tokens, message_of, spread, table_model
+from conftest import CLAUSES, breaking_tokens, message_of, only, spread, table_model
 
 import aigc_tf
 from aigc_tf import Tokenizer, generate, generate_batch, kneser_ney, stream
@@ -42,12 +42,6 @@ def model(model_and_weights):
 @pytest.fixture(params=["numpy", "numba"])
 def engine(request):
     return request.param
-
-
-def only(tokenizer, text):
-    """A bias that leaves nothing but the characters of a text and the end."""
-    kept = {tokenizer.EOS, *tokenizer.encode(text)}
-    return dict.fromkeys(set(range(tokenizer.vocab_size)) - kept, -float("inf"))
 
 
 def greedy_by_hand(model, tokenizer, prompt, max_new_tokens):

@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import message_of, table_model
+from conftest import message_of, only, table_model
 
 import aigc_tf
 from aigc_tf import generate, generate_batch, stream
@@ -25,12 +25,6 @@ def model(build, tokenizer):
 @pytest.fixture(params=["numpy", "numba"])
 def engine(request):
     return request.param
-
-
-def only(tokenizer, text):
-    """A bias that leaves nothing but the characters of a text and the end."""
-    kept = {tokenizer.EOS, *tokenizer.encode(text)}
-    return dict.fromkeys(set(range(tokenizer.vocab_size)) - kept, -float("inf"))
 
 
 def test_a_text_tells_what_is_new_and_why_it_ended(tokenizer):
