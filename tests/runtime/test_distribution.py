@@ -165,7 +165,7 @@ def test_a_signal_to_one_host_stops_all_with_a_checkpoint(documents, tmp_path):
         ({"num_hosts": 2, "host": 2}, "host from 0 to num_hosts - 1"),
         ({"model_parallel": 2}, "count must be a multiple of model_parallel" if IS_JAX else "need JAX"),
         ({"num_hosts": 2}, "need a coordinator" if IS_JAX else "need JAX"),
-        ({"num_hosts": 2, "model_parallel": 2}, "on one host only" if IS_JAX else "need JAX"),
+        ({"num_hosts": 2, "model_parallel": 2}, "supports one host only" if IS_JAX else "need JAX"),
     ],
 )
 def test_what_cannot_be_is_said(wrong, part):
