@@ -17,7 +17,7 @@ from device_check import describe, last_error, row
 
 CONTEXT, BATCH_SIZE = 36, 16
 NUM_POEMS, NUM_HELD_OUT = 4_000, 100
-# Bits per character that a training in another precision may differ by: trainings that differ by rounding alone do by
+# Bits per character that a training run in another precision may differ by: runs that differ by rounding alone do by
 # some hundredths.
 BITS_TOLERANCE = 0.1
 ARCHITECTURES = ("transformer", "lstm")
@@ -72,7 +72,7 @@ def device(small: bool, seconds: float) -> Iterator[dict]:
     yield row(what, 2 * size**3 / statistics.median(taken) / 1e12, "TFLOP/s")
 
 
-# --- trainings --------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------
 
 
 def poems():
@@ -129,7 +129,7 @@ def train_in(policy: str, architecture: str, steps: int, exact: float | None) ->
 
 
 def resume(small: bool, seconds: float) -> Iterator[dict]:
-    """Resume a training after a third of its steps, and compare it with itself in one go; and two equal ones."""
+    """Resume a training run after a third of its steps, and compare it with itself in one go; and two equal ones."""
     from aigc_tf.training.checkpoints import list_checkpoints
 
     steps = 12 if small else 96
@@ -149,7 +149,7 @@ def resume(small: bool, seconds: float) -> Iterator[dict]:
             part.mkdir(parents=True)
             shutil.copy(list_checkpoints(whole[2])[0], part)
             resumed = differences(whole, ended("part"))
-            # Where the device adds up in another order each time, a training differs from itself.
+            # Where the device adds up in another order each time, a run differs from itself.
             is_good = resumed[0] <= 10 * twice[0]
             what = f"{architecture}: resumed after {steps // 3} of {steps} steps, and in one go"
             yield row(what, *as_difference(resumed), passed=is_good)
@@ -213,7 +213,7 @@ def agreement(expected, written) -> tuple[float, float]:
 
 
 def estimate(small: bool, seconds: float) -> Iterator[dict]:
-    """Compare what `aigc_tf.estimate` says with a training: time of a step, and memory."""
+    """Compare what `aigc_tf.estimate` says with a training run: time of a step, and memory."""
     from aigc_tf.runtime.distribution import native_precision
 
     sizes = {"size": "tiny", "context": 32, "batch_size": 8} if small else {"size": "small", "context": 1024}

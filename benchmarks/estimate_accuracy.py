@@ -1,4 +1,4 @@
-"""Compare what `aigc_tf.estimate` predicts with what a training takes: step time and peak memory.
+"""Compare what `aigc_tf.estimate` predicts with what a training run takes: step time and peak memory.
 
     python benchmarks/estimate_accuracy.py                 # six settings, about 10 minutes of two idle cores
     python benchmarks/estimate_accuracy.py --only lstm     # those whose name contains "lstm"
@@ -6,7 +6,7 @@
 Each estimate and each training runs in a process of its own, so that neither sees the memory of the other. The training
 is `aigc_tf.train` with ten validations. Its step time is the wall time of the steps after the first validation, without
 validation; if the first nine tenths of the steps use a sampled softmax, it is nine tenths of their time and a tenth of
-that of a training without it. Its memory is the peak of the process (VmHWM, so this runs on Linux only). Other work on
+that of a run without it. Its memory is the peak of the process (VmHWM, so this runs on Linux only). Other work on
 the machine spoils the times, but hardly the memory.
 """
 
@@ -32,7 +32,7 @@ TIME_TARGET, MEMORY_TARGET = 0.15, 0.20
 
 
 def main() -> None:
-    """Print the table, or as a child process the figures of one estimate or one training."""
+    """Print the table, or as a child process the figures of one estimate or one run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="how long to measure, and about how long to train")
     parser.add_argument("--only", default="", metavar="TEXT", help="the settings whose name contains this")

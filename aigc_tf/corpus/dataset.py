@@ -118,7 +118,11 @@ def batches_of(
         rows.set_shape((batch_size, context + 1))
         return rows[:, :-1], rows[:, 1:]
 
-    return tf.data.Dataset.range(start, end).map(inputs_and_targets).prefetch(tf.data.AUTOTUNE)
+    options = tf.data.Options()
+    # There is one function to run, and nothing to tune. TensorFlow's tuner may miss that an iterator ends, and lets the
+    # end of training wait until it wakes: 20 seconds after half a minute.
+    options.autotune.enabled = False
+    return tf.data.Dataset.range(start, end).map(inputs_and_targets).prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
 class Batches:

@@ -1,7 +1,7 @@
 """Contract: check_model(), what every function of this package expects of a language model and its tokenizer."""
 
 from ..corpus.tokenizer import Tokenizer
-from ..runtime.keras_internals import gives_by_name, takes_by_name
+from ..runtime.keras_internals import has_dict_input, has_dict_output
 
 
 def check_model(model, tokenizer: Tokenizer) -> None:
@@ -13,7 +13,7 @@ def check_model(model, tokenizer: Tokenizer) -> None:
             "keras.Model(ids, model(ids))."
         )
     shapes = model.input_shape, model.output_shape
-    by_name = takes_by_name(model), gives_by_name(model)
+    by_name = has_dict_input(model), has_dict_output(model)
     shown = ["a dict" if is_dict else shape for is_dict, shape in zip(by_name, shapes, strict=True)]
     is_one = [isinstance(shape, tuple) and len(shape) for shape in shown] == [2, 3]
     if not is_one or (shapes[0][1] is None and hasattr(model, "get_layer")):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..runtime.backend import keras
-from ..runtime.distribution import known_precision
+from ..runtime.distribution import resolve_precision
 from .sizes import check_at_least_1, dimensions
 
 layers, ops = keras.layers, keras.ops
@@ -229,7 +229,7 @@ def build(
     dimensions(model, size, num_layers=num_layers, num_heads=num_heads, hidden_dim=hidden_dim)
     settings = {"num_layers": num_layers, "hidden_dim": hidden_dim, "dropout": dropout, "seed": seed}
     previous = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(known_precision(precision))  # layers keep the policy under which they are created
+    keras.config.set_dtype_policy(resolve_precision(precision))  # layers keep the policy under which they are created
     try:
         if model == "lstm":
             return lstm(vocab_size, context, size, **settings)

@@ -5,7 +5,7 @@ import math
 from ..evaluation.bits import FINAL_TOKENS, VALIDATION_TOKENS
 from ..models.networks import build
 from ..models.sizes import check_at_least_1, dimensions
-from ..runtime.distribution import known_precision
+from ..runtime.distribution import resolve_precision
 from ..runtime.hardware import available_bytes, process_bytes
 from ..training.sampled_softmax import check_num_candidates, default_num_candidates
 from .measurement import seconds_and_watts_of_steps, seconds_per_evaluated_token
@@ -96,7 +96,7 @@ def estimate(
     replaced = {"num_layers": num_layers, "num_heads": num_heads, "hidden_dim": hidden_dim}
     chosen = dimensions(model, size, **replaced)
     check_at_least_1(vocab_size=vocab_size, context=context, batch_size=batch_size, steps=steps)
-    precision = known_precision(precision)
+    precision = resolve_precision(precision)
     check_num_candidates(num_candidates or 0, batch_size * context, vocab_size)
     if not seconds >= 0 or (watts is not None and not watts > 0):
         raise ValueError(f"seconds must be at least 0 and watts above 0, got {seconds} and {watts}.")

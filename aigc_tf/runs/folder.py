@@ -13,7 +13,7 @@ from ..models.contract import check_model
 from ..models.keras_file import check_keras_file, read_keras_file
 from ..models.weights import LstmWeights, TransformerWeights
 from ..runtime.files import parse_json, rename, sync, temporary_path, write_json
-from ..runtime.keras_internals import is_its_graph
+from ..runtime.keras_internals import computes_its_graph
 from .versions import versions
 
 _MODEL, _TOKENIZER, _RUN = "model.keras", "tokenizer.json", "run.json"
@@ -58,7 +58,7 @@ def save(path, model, tokenizer: Tokenizer, **record) -> None:
         "sha256": dict.fromkeys((_MODEL, _TOKENIZER), ""),  # filled in below
     }
     run = _with_record(run, record)
-    if not is_its_graph(model):
+    if not computes_its_graph(model):
         raise ValueError(
             f"save writes the graph of a model, but {type(model).__name__} overrides call(), which would be lost. "
             "Make what it does a layer of the graph: keras.Model(ids, layer(ids))."

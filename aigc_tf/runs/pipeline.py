@@ -15,10 +15,10 @@ from ..evaluation.bits import FINAL_TOKENS, evaluate, sample_documents
 from ..generation.generate import generate
 from ..models.initialisation import initialise
 from ..models.networks import build
-from ..runtime.distribution import is_first_host, known_precision, num_replicas
+from ..runtime.distribution import is_first_host, num_replicas, resolve_precision
 from ..runtime.files import locked
 from ..training.checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
-from ..training.optimizer import check_optimization
+from ..training.optimizer import check_optimizer_settings
 from ..training.train import train
 from .encoded_text import encode_or_open
 from .estimate import memory_warning
@@ -109,7 +109,7 @@ def run_pipeline(
     Raises:
         ValueError: a setting is out of range, two do not fit together, or the checkpoints in the folder are of another
             training.
-        BlockingIOError: another training is running in the folder.
+        BlockingIOError: another training run is using the folder.
     """
     given = locals()
     settings = {name: given[name] for name in SETTINGS}
@@ -117,10 +117,10 @@ def run_pipeline(
     if user_dict and unit != "word":
         raise ValueError('user_dict is for unit="word": characters need no dictionary. Remove it, or set unit="word".')
     settings["user_dict"] = user_dict = as_user_dict(user_dict)
-    settings["precision"] = precision = known_precision(precision)
+    settings["precision"] = precision = resolve_precision(precision)
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
-    check_optimization(learning_rate, weight_decay)
+    check_optimizer_settings(learning_rate, weight_decay)
     settings["seed"] = seed = as_seed(seed)
 
     with locked(folder) if is_first_host() else contextlib.nullcontext(), _cleaned_up_if_refused(folder):

@@ -188,10 +188,10 @@ def xla_fusion() -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def freed_graphs() -> Iterator[None]:
-    """Free the graphs of a training, which TensorFlow would keep until the process ends.
+def free_graphs_afterwards() -> Iterator[None]:
+    """Free the graphs of a training run, which TensorFlow would keep until the process ends.
 
-    In each training, the optimizer's sum over replicas registers a gradient function that holds the graph of the whole
+    In each run, the optimizer's sum over replicas registers a gradient function that holds the graph of the whole
     step: 20 to 40 MB for a tiny model. `clear_session` would not free it, but reset the user's dtype policy.
     """
     gradient_functions = registered_gradients() if tf else {}

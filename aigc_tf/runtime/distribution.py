@@ -10,7 +10,7 @@ from .keras_internals import forget_retracing
 
 # Which axis of a weight is divided where a model is too large for a device: one of heads, of the middle of a block or
 # of a layer's units. What is not named, such as norms, is on each device whole.
-_DIVIDED = [
+_SPLIT_AXES = [
     (r"block_\d+_attention/(query|key|value)/(kernel|bias)", -2),
     (r"block_\d+_attention/attention_output/kernel", 0),
     (r"block_\d+_mlp_expand/(kernel|bias)", -1),
@@ -87,7 +87,7 @@ def use_devices(
         _distribute_jax(devices, model_parallel)
     else:
         _distribute_tensorflow(devices)
-    precision = known_precision(precision)
+    precision = resolve_precision(precision)
     keras.config.set_dtype_policy(precision)
     kind = re.split("[:/]", devices[0].removeprefix("/device:"))[0].upper()
     shared = f"{count} x {kind}" if count > 1 else kind
@@ -96,7 +96,7 @@ def use_devices(
     return f"{shared}{hosts}{divided}, {precision}"
 
 
-def known_precision(precision: str) -> str:
+def resolve_precision(precision: str) -> str:
     """Resolve "auto" to what the device computes best in, and refuse what no model here computes in."""
     if precision not in ("auto", "float32", "mixed_bfloat16", "mixed_float16"):
         raise ValueError(f"precision must be auto, float32, mixed_bfloat16 or mixed_float16, got {precision!r}.")
@@ -268,17 +268,17 @@ def _distribute_jax(devices: list[str], model_parallel: int) -> None:
     else:
         shape = (len(devices) // model_parallel, model_parallel)
         mesh = keras.distribution.DeviceMesh(shape, ("batch", "model"), np.array(devices).reshape(shape))
-        distribution = _Divided(layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name="batch")
+        distribution = _ShapeCheckedModelParallel(layout_map=keras.distribution.LayoutMap(mesh), batch_dim_name="batch")
     keras.distribution.set_distribution(distribution)
 
 
-class _Divided(keras.distribution.ModelParallel):
+class _ShapeCheckedModelParallel(keras.distribution.ModelParallel):
     """Keras' model parallelism by the shapes of variables, not by their names alone, and with an error that says."""
 
     def get_variable_layout(self, variable):
         axes = [None] * len(variable.shape)
         parts = self.device_mesh.shape[1]
-        for pattern, axis in _DIVIDED:
+        for pattern, axis in _SPLIT_AXES:
             if re.search(f"(^|/)({pattern})$", variable.path):  # the optimizer's moments are laid out as their weights
                 if variable.shape[axis] % parts:
                     raise ValueError(

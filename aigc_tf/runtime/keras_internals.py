@@ -12,7 +12,7 @@ def source_of(tensor):
 
 def inner_layers(model) -> list:
     """Return all layers of a model that are of Keras' own classes, including nested ones."""
-    return [layer for layer in model._flatten_layers(include_self=False) if is_keras_own(layer)]
+    return [layer for layer in model._flatten_layers(include_self=False) if is_keras_class(layer)]
 
 
 def is_masked(tensor) -> bool:
@@ -27,23 +27,23 @@ def has_masks(model) -> bool:
     return any(is_masked(tensor) for node in nodes for tensor in node.outputs)
 
 
-def is_keras_own(instance) -> bool:
+def is_keras_class(instance) -> bool:
     """Return whether an object is of a class of Keras, not of a subclass that a user wrote."""
     return type(instance).__module__.split(".")[0] == "keras"
 
 
-def is_its_graph(model) -> bool:
+def computes_its_graph(model) -> bool:
     """Return whether a functional model computes its graph: no subclass of a user overrides the call."""
     own = (getattr(getattr(model, name), "__module__", "") for name in ("__call__", "call"))
     return all(module.split(".")[0] == "keras" for module in own)
 
 
-def takes_by_name(model) -> bool:
+def has_dict_input(model) -> bool:
     """Return whether a functional model takes a dict, which the `input_shape` of a single input does not show."""
     return isinstance(getattr(model, "_inputs_struct", None), dict)
 
 
-def gives_by_name(model) -> bool:
+def has_dict_output(model) -> bool:
     """Return whether a functional model returns a dict, which the `output_shape` of a single output does not show."""
     return isinstance(getattr(model, "_outputs_struct", None), dict)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a training in one file, from which it resumes as if never interrupted."""
+"""Checkpoints: the whole state of a training run in one file, from which it resumes as if never interrupted."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def write_checkpoint(folder, step: int, arrays: dict[str, list[np.ndarray]], rec
 
     Args:
         folder: the folder of the checkpoints, created if it does not exist.
-        step: how many steps the training has done.
+        step: how many steps have been trained.
         arrays: lists of arrays by name.
         record: everything else, as JSON can hold it.
         keep: how many checkpoints to keep, including this one.
@@ -65,9 +65,9 @@ def write_checkpoint(folder, step: int, arrays: dict[str, list[np.ndarray]], rec
 
 
 def delete_checkpoints(run_dir) -> None:
-    """Delete the checkpoints of a run folder, which a finished training no longer needs.
+    """Delete the checkpoints of a run folder, which a finished run no longer needs.
 
-    Files that cannot be deleted do no harm: the same training, started again, ends immediately.
+    Files that cannot be deleted do no harm: the same run, started again, ends immediately.
     """
     shutil.rmtree(Path(run_dir, CHECKPOINTS), ignore_errors=True)
 
@@ -106,12 +106,12 @@ def _checksum(path: Path) -> str:
 
 
 def require_same(path: Path, before: dict, now: dict, warn: Callable[[str], None]) -> None:
-    """Refuse to resume another training than that of a checkpoint.
+    """Refuse to resume a checkpoint of another training run.
 
     Args:
         path: the checkpoint.
-        before: the identity of the training in its record.
-        now: the identity of this training.
+        before: the identity of the run in its record.
+        now: the identity of this run.
         warn: called with a warning about layer settings that only one of them has, which are ignored: another version
             of Keras added or removed them.
 
@@ -132,8 +132,8 @@ def require_same(path: Path, before: dict, now: dict, warn: Callable[[str], None
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ValueError(
-            f"{path} is of another training: {'; '.join(differences[:3])}{more}. Go on with what it was begun with, or "
-            "name another folder."
+            f"{path} belongs to another training run: {'; '.join(differences[:3])}{more}. Train with the settings it "
+            "was begun with, or name another folder."
         )
 
 

@@ -31,7 +31,7 @@ def compile_with_optimizer(model: keras.Model, optimizer: keras.optimizers.Optim
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=jit_compile)
 
 
-def check_optimization(learning_rate: float, weight_decay: float, clip_norm: float | None = None) -> None:
+def check_optimizer_settings(learning_rate: float, weight_decay: float, clip_norm: float | None = None) -> None:
     """Refuse settings with which nothing is learned, or weights become infinite."""
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate must be finite and above 0, got {learning_rate}.")
@@ -42,7 +42,7 @@ def check_optimization(learning_rate: float, weight_decay: float, clip_norm: flo
 
 
 def adamw(schedule, weight_decay: float, clip_norm: float | None, num_microbatches: int = 1) -> keras.optimizers.AdamW:
-    """Make the optimizer of a training (see `train`)."""
+    """Make the optimizer of a training run (see `train`)."""
     settings = {"weight_decay": weight_decay, "beta_2": 0.95, "global_clipnorm": clip_norm}
     if num_microbatches > 1:
         settings["gradient_accumulation_steps"] = num_microbatches

@@ -1,4 +1,4 @@
-"""Session: the callback that carries the state of a training from step to step."""
+"""Session: the callback that carries the state of a training run from step to step."""
 
 import contextlib
 import csv
@@ -56,7 +56,7 @@ def stop_on_signals(session: "Session"):
 
 
 class Session(keras.callbacks.Callback):
-    """The state of a training: it validates, keeps the best weights, writes checkpoints and shows the progress."""
+    """The state of a training run: it validates, keeps the best weights, writes checkpoints and shows the progress."""
 
     folder = None
 

@@ -14,7 +14,7 @@ from ..runtime.distribution import check_distribution, is_first_host, num_replic
 from ..runtime.files import locked
 from .logs import Display, NoDisplay
 from .loop import data_ended_error, phases, run_phase
-from .optimizer import check_optimization, compile_model
+from .optimizer import check_optimizer_settings, compile_model
 from .sampled_softmax import check_num_candidates, default_num_candidates
 from .session import Session
 
@@ -91,7 +91,7 @@ def train(
     Raises:
         ValueError: a setting is out of range; model and tokenizer do not match; the devices cannot share such a batch
             (see `use_devices`); the data ends too early; the loss becomes NaN or infinite; or the checkpoints in
-            `run_dir` belong to another training.
+            `run_dir` belong to another training run.
         BlockingIOError: another process is training in `run_dir`.
         OSError: `run_dir` cannot be written to. Earlier checkpoints are kept.
 
@@ -113,7 +113,7 @@ def train(
     for name, value in (("checkpoint_minutes", checkpoint_minutes), ("checkpoint_steps", checkpoint_steps)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, or None, got {value}.")
-    check_optimization(learning_rate, weight_decay, clip_norm)
+    check_optimizer_settings(learning_rate, weight_decay, clip_norm)
     check_documents(valid_documents)
     if not any(valid_documents):
         raise ValueError(
@@ -201,7 +201,7 @@ def _resolve_num_candidates(
 
 
 def _identity(model, train_data, tokenizer, valid_documents, settings: dict) -> dict:
-    """Describe a training: what must be the same for another one to resume it."""
+    """Describe a training run: what must be the same for another one to resume it."""
     describe_data = getattr(train_data, "identity", dict)
     layers = {}
     for i, layer in enumerate(model.layers):

@@ -102,7 +102,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_two_trainings_started_together_take_two_folders(corpus, tmp_path):
+def test_two_runs_started_together_take_two_folders(corpus, tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TRAIN, "began-", "train", str(corpus), *SMALL, "--hidden-dim", str(width)],

@@ -14,6 +14,7 @@ from aigc_tf import Tokenizer, make_dataset, make_store, open_store
 from aigc_tf.corpus import dataset, store
 from aigc_tf.corpus.dataset import Batches, _window_starts
 from aigc_tf.corpus.store import sample_tokens
+from aigc_tf.training.sampled_softmax import candidate_sampler
 
 
 def batches(data, count=None):
@@ -157,6 +158,14 @@ def test_one_pass_has_a_known_length_and_training_data_has_no_end(documents, tok
     assert one_pass.cardinality() == len(batches(one_pass))
     infinite = -1  # tf.data.INFINITE_CARDINALITY
     assert make_dataset(documents, tokenizer, 20, 4, seed=0).cardinality() == infinite
+
+
+def test_no_tuner_keeps_an_iterator_from_ending(documents, tokenizer):
+    pytest.importorskip("tensorflow")
+    data = make_dataset(documents, tokenizer, 8, 4, seed=0).from_step(3)
+    sampled = candidate_sampler(data.counts(), 10, seed=0)(data, 0)
+    for dataset_ in (data, data.rebatch(2), sampled):
+        assert dataset_.options().autotune.enabled is False
 
 
 def test_a_store_on_disk_gives_the_same_batches(tmp_path, documents, tokenizer):

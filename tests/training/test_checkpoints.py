@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, damaged ones skipped, and a training goes on as if it had never stopped."""
+"""Checkpoints: whole or not there, damaged ones skipped, and a training run resumes as if it had never stopped."""
 
 import errno
 import os
@@ -110,7 +110,7 @@ def test_what_differs_is_named(tmp_path):
     assert warnings == []
     now = {"steps": 20, "tokenizer": "b" * 64, "model": {"layer 1 (Dropout)": {"rate": 0.2}}, "batch": [4, 20]}
     message = message_of(ValueError, require_same, tmp_path, before, now, warnings.append)
-    assert "steps was 10, is 20; tokenizer differs; model layer 1 (Dropout) rate was 0.1, is 0.2. Go on" in message
+    assert "steps was 10, is 20; tokenizer differs; model layer 1 (Dropout) rate was 0.1, is 0.2. Train with" in message
     assert warnings == []
 
 
@@ -124,7 +124,7 @@ def test_what_a_layer_has_in_one_version_of_keras_alone_is_no_difference(tmp_pat
     assert "rate was 0.1, is 0.2" in message_of(ValueError, require_same, tmp_path, before, now, warnings.append)
 
 
-# --- trainings ----------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------------
 
 
 def run(build, documents, tokenizer, folder, **settings):

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...models.graph import read_weights
 from ...models.weights import LstmWeights, TransformerWeights
-from ...runtime.keras_internals import is_its_graph
+from ...runtime.keras_internals import computes_its_graph
 from .numpy_engine import numpy_engine
 
 _NUM_COMPARED = 16  # tokens
@@ -25,7 +25,7 @@ def cached_weights(model) -> TransformerWeights | LstmWeights | None:
     """Return the weights of a model that `aigc_tf` built, the same object while they are equal; None for others."""
     if isinstance(model, TransformerWeights | LstmWeights):
         return model
-    if not hasattr(model, "get_layer") or not is_its_graph(
+    if not hasattr(model, "get_layer") or not computes_its_graph(
         model
     ):  # not a Keras model, or a class that overrides its call
         return None

@@ -8,13 +8,13 @@ import contextlib
 import functools
 from collections.abc import Iterator
 
-from ...runtime.backend import freed_graphs, keras, tf, uses_accelerator, xla_fusion
+from ...runtime.backend import free_graphs_afterwards, keras, tf, uses_accelerator, xla_fusion
 from ...runtime.keras_internals import (
     adamw_problem,
     attention_problem,
     has_masks,
     inner_layers,
-    is_keras_own,
+    is_keras_class,
     source_of,
 )
 from ...runtime.numba_availability import numba_problem
@@ -35,7 +35,7 @@ def fast_training(model: keras.Model, num_tokens: float) -> Iterator[tuple[keras
         As long as the context is open, the compiled model to train, and the optimisations in words. It shares the
         weights and the optimizer of `model`, and is `model` itself where Keras alone is as fast.
     """
-    with freed_graphs():
+    with free_graphs_afterwards():
         if keras.backend.backend() != "tensorflow" or uses_accelerator() or tf.distribute.has_strategy():
             yield model, []
             return
@@ -85,7 +85,7 @@ def _unfused_parts(model) -> list[str]:
 
 
 def _is_graph(model) -> bool:
-    return is_keras_own(model) and bool(getattr(model, "inputs", None))
+    return is_keras_class(model) and bool(getattr(model, "inputs", None))
 
 
 def fast_model(model: keras.Model, use_fused_ops: bool) -> keras.Model:

@@ -221,7 +221,7 @@ def test_a_hidden_gpu_changes_nothing(monkeypatch):
         assert not other.jit_compile
 
 
-def test_without_numba_xla_fuses_long_trainings(monkeypatch):
+def test_without_numba_xla_fuses_long_training_runs(monkeypatch):
     monkeypatch.setattr("aigc_tf.training.fast.fast_training.numba_problem", lambda: "numba is not installed")
     with fast_training(built("transformer"), num_tokens=1) as (_, optimisations):
         assert optimisations == ["elementwise operations not fused (numba is not installed)"]
