@@ -16,7 +16,8 @@ from ..models.initialisation import initialise
 from ..models.networks import lstm, transformer
 from ..runs.folder import load, read_run, save
 from ..runtime.backend import keras
-from ..runtime.files import LOCK, locked, shipped_file
+from ..runtime.files import shipped_file
+from ..runtime.locks import LOCK, locked
 from ..training.checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
 from ..training.train import train
 

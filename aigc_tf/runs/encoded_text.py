@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from ..corpus.segmentation import default_processes
 from ..corpus.store import make_store, open_store
 from ..corpus.tokenizer import Tokenizer
 from ..runtime.distribution import num_hosts
-from ..runtime.files import hold_lock, rename, temporary_path
+from ..runtime.files import rename, temporary_path, to_json
+from ..runtime.locks import hold_lock
 
 
 def encode_or_open(
@@ -41,7 +41,7 @@ def encode_or_open(
     if num_hosts() > 1:  # they may share the folder
         tokenizer = trained()
         return tokenizer, make_store(documents, tokenizer, processes=processes)
-    key = json.dumps([documents_sha256(documents), unit, vocab_size, user_dict, __version__])
+    key = to_json([documents_sha256(documents), unit, vocab_size, user_dict, __version__])
     folder = folder / hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def opened():

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from ..corpus.tokenizer import Tokenizer
 from ..models.contract import check_model
 from ..models.keras_file import check_keras_file, read_keras_file
 from ..models.weights import LstmWeights, TransformerWeights
-from ..runtime.files import parse_json, rename, sync, temporary_path, write_json
+from ..runtime.files import parse_json, rename, sync, temporary_path, to_json, write_json
 from ..runtime.keras_internals import computes_its_graph
 from .versions import versions
 
@@ -114,7 +113,7 @@ def _with_record(run: dict, record: dict) -> dict:
         )
     run = {**run, **record}
     try:
-        _check_run(parse_json(json.dumps(run, ensure_ascii=False).encode()))
+        _check_run(parse_json(to_json(run).encode()))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{_RUN} cannot hold what was given: {error}.") from None
     return run

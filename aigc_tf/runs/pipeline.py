@@ -16,7 +16,7 @@ from ..generation.generate import generate
 from ..models.initialisation import initialise
 from ..models.networks import build
 from ..runtime.distribution import is_first_host, num_replicas, resolve_precision
-from ..runtime.files import locked
+from ..runtime.locks import locked
 from ..training.checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
 from ..training.optimizer import check_optimizer_settings
 from ..training.train import train

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..corpus.dataset import as_seed
 from ..corpus.documents import documents_sha256
-from ..runtime.files import locked
+from ..runtime.locks import locked
 from .folder import read_run
 from .pipeline import run_pipeline
 from .search_space import TYPES, check_space, effective_settings

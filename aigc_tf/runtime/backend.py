@@ -63,13 +63,12 @@ def _load_backend():
     """
     if "tensorflow" not in sys.modules:
         os.environ.setdefault("TF_XLA_FLAGS", _FUSION_FLAGS)
-    asked = os.environ.get("KERAS_BACKEND") or "tensorflow"
-    if asked in ("torch", "openvino"):
-        raise ValueError(f"aigc_tf runs on TensorFlow or JAX, got KERAS_BACKEND={asked}. Set it to tensorflow or jax.")
+    _require_supported(os.environ.get("KERAS_BACKEND") or "tensorflow")
     try:
         with _quiet_start():
             import keras
 
+            _require_supported(keras.backend.backend())  # which may come from ~/.keras/keras.json
             if keras.backend.backend() != "tensorflow":
                 return keras, None
             import tensorflow as tf
@@ -78,6 +77,8 @@ def _load_backend():
             tf.config.list_physical_devices()
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]  # the package of a module such as tensorflow.python
+        if missing in ("torch", "openvino"):
+            _require_supported(missing)
         if missing not in ("tensorflow", "jax"):
             raise
         raise ModuleNotFoundError(
@@ -86,6 +87,13 @@ def _load_backend():
             name=missing,
         ) from None
     return keras, tf
+
+
+def _require_supported(backend: str) -> None:
+    if backend not in ("tensorflow", "jax"):
+        raise ValueError(
+            f"aigc_tf runs on TensorFlow or JAX, got Keras' backend {backend!r}. Set KERAS_BACKEND=tensorflow or =jax."
+        )
 
 
 def _quiet_start():

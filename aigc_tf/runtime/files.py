@@ -1,4 +1,4 @@
-"""Files: reading text and JSON, shipped data, atomic writes, and locks."""
+"""Files: reading text and JSON, shipped data, and atomic writes."""
 
 import contextlib
 import errno
@@ -6,19 +6,13 @@ import json
 import os
 import re
 import shutil
-import socket
-import threading
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-    import msvcrt
+import numpy as np
+
+from .locks import LOCK, hold_lock, lock_leftover
 
 _UNPACK = "Unpack it first, and name the folder."
 _SAVE = "Save its text as a .txt file in UTF-8."
@@ -36,11 +30,7 @@ _NOT_TEXT = (
 )
 _MAX_DEPTH = 100  # of nested lists and dicts; a model's configuration has about ten
 _TOO_DEEP = f"it is nested more than {_MAX_DEPTH} levels deep"
-LOCK = ".lock"
-_LOCKED_BY_ANOTHER = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-_DAY = 86400  # seconds, more than writing any file takes
 _LOCK_OF_TEMPORARY = re.compile(r"(\.[0-9a-f]{12}-)\.lock")  # locks the paths with the same prefix: `temporary_path`
-_held: dict[Path, tuple] = {}  # each lock of this process -> the thread that took it, and the open file
 
 
 def read_text(path) -> str:
@@ -118,7 +108,7 @@ def temporary_path(path) -> Iterator[Path]:
         try:
             yield temporary
         finally:
-            if not file.closed:  # closed in a forked child: see _release_in_child
+            if not file.closed:  # closed in a forked child: see locks.py
                 with contextlib.suppress(OSError):
                     _delete(temporary)
 
@@ -130,28 +120,13 @@ def _delete_leftovers(folder: Path) -> None:
             # A writer that is still running is an OSError too.
             with contextlib.suppress(OSError):
                 with open(path, "rb+") as file:
-                    _lock_leftover(file)
+                    lock_leftover(file)
                     for leftover in set(folder.glob(f"{match[1]}*")) - {path}:
                         _delete(leftover)
-                    if os.name == "posix":  # before the lock is released: see _open_locked
+                    if os.name == "posix":  # before the lock is released: see locks.py
                         path.unlink()
                 if os.name != "posix":
                     path.unlink()
-
-
-def _lock_leftover(file: IO) -> None:
-    """Lock what a killed process left; what another machine left, only when old, as not all locks reach over NFS."""
-    is_old = time.time() - os.fstat(file.fileno()).st_mtime > _DAY
-    try:
-        _lock(file)
-    except OSError as error:
-        if error.errno in _LOCKED_BY_ANOTHER or not is_old:
-            raise
-        return  # a file system without locks
-    file.seek(0)
-    owner = file.read(200)
-    if owner and not is_old and not owner.endswith(f" on {socket.gethostname()}".encode()):
-        raise BlockingIOError
 
 
 def _delete(path: Path) -> None:
@@ -181,105 +156,18 @@ def rename(path: Path, new: Path) -> None:
             os.close(folder)
 
 
-@contextlib.contextmanager
-def locked(folder) -> Iterator[None]:
-    """Lock a folder for this thread, creating the folder if needed; it may be locked again by the same thread.
-
-    The system releases the lock of a process that is killed. A folder created for the lock is removed again if it stays
-    empty.
-
-    Raises:
-        BlockingIOError: another process or thread holds the lock; the message says which.
-    """
-    lock = Path(folder, LOCK)
-    if _held.get(lock.resolve(), (None,))[0] == threading.get_ident():
-        yield
-        return
-    created = [path for path in lock.parents if not path.exists()]
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with hold_lock(lock):
-            yield
-    finally:
-        with contextlib.suppress(OSError):  # it is not empty
-            for path in created:
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def hold_lock(lock: Path, wait: bool = False) -> Iterator[IO]:
-    """Take a lock and yield its file, which is created for the lock and deleted with it."""
-    file, key = _open_locked(lock, wait), lock.resolve()
-    try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
-        _held[key] = threading.get_ident(), file
-        yield file
-    finally:
-        _held.pop(key, None)
-        is_own = not file.closed  # closed in a forked child: see _release_in_child
-        if os.name == "posix" and is_own:
-            lock.unlink(missing_ok=True)  # before the lock is released: see _open_locked
-        file.close()
-        if os.name != "posix":
-            with contextlib.suppress(OSError):  # another process has just opened it
-                lock.unlink()
-
-
-def _release_in_child() -> None:
-    """Leave the locks to the parent of a fork: a child that kept the files open would keep the locks too."""
-    for _, file in _held.values():
-        file.close()
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_release_in_child)
-
-
-def _open_locked(path: Path, wait: bool) -> IO:
-    while True:
-        file = open(path, "ab+")  # noqa: SIM115 (hold_lock closes it)
-        try:
-            _lock(file, wait)
-        except OSError as error:
-            if error.errno in _LOCKED_BY_ANOTHER:
-                owner = b""
-                with contextlib.suppress(OSError):  # where others may not read what is locked
-                    file.seek(0)
-                    owner = file.read(200)
-                file.close()
-                owner = owner.decode("utf-8", "replace") or "another process"
-                raise BlockingIOError(
-                    errno.EAGAIN,
-                    f"A training is running in this folder ({owner}). Wait until it ends, or choose another folder",
-                    str(path.parent),
-                ) from None
-            return file  # a file system without locks, such as some network mounts: continue without one
-        # The owner may have deleted the file after it was opened here: then the lock is on a file without a name.
-        with contextlib.suppress(FileNotFoundError):
-            if os.name != "posix" or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                return file
-        file.close()
-
-
-def _lock(file: IO, wait: bool = False) -> None:
-    """Lock an open file until it is closed; an `OSError` if it is locked or its file system has no locks."""
-    if fcntl:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        return
-    file.seek(2**20)  # a byte that is never written, so that the content stays readable
-    while True:
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-            return
-        except OSError as error:
-            if not wait or error.errno != errno.EDEADLK:  # LK_LOCK gives up after ten seconds
-                raise
-
-
 def write_json(path, content: dict) -> None:
     """Write a dict as readable JSON, whole or not at all."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        temporary.write_text(to_json(content, indent=1) + "\n", "utf-8")
+
+
+def to_json(content, **layout) -> str:
+    """Write as JSON what JSON can hold, and the numbers of NumPy, which users compute settings with."""
+    return json.dumps(content, ensure_ascii=False, default=_python_number, **layout)
+
+
+def _python_number(value):
+    if not isinstance(value, np.number | np.bool_):
+        raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+    return value.item()

@@ -33,12 +33,12 @@ def _problem_of_import() -> str | None:
         return "numba is not installed: pip install numba"
     try:
         import numba
-    except Exception as error:  # any kind: it loads native code, perhaps for another version of NumPy
-        problem = f"numba is installed, and its import fails: {' '.join(str(error).split())}"
-    else:
+
         if not numba.config.DISABLE_JIT:
             return None
         problem = "NUMBA_DISABLE_JIT is set"
+    except Exception as error:  # any kind: it loads native code, perhaps for another version of NumPy
+        problem = f"numba is installed, and its import fails: {' '.join(str(error).split())}"
     warnings.warn(f"aigc_tf runs without numba, and more slowly: {problem}", stacklevel=3)
     return problem
 

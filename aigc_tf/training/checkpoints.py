@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.files import rename, temporary_path
+from ..runtime.files import rename, temporary_path, to_json
 
 CHECKPOINTS = "checkpoints"  # the folder, in that of a run
 _FORMAT = {"format": "aigc_tf checkpoint", "version": 1}
@@ -50,7 +50,7 @@ def write_checkpoint(folder, step: int, arrays: dict[str, list[np.ndarray]], rec
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**_FORMAT, "numbers": {kind: len(values) for kind, values in arrays.items()}, **record})
+    text = to_json({**_FORMAT, "numbers": {kind: len(values) for kind, values in arrays.items()}, **record})
     entries = {f"{kind}-{i}": values[i] for kind, values in arrays.items() for i in range(len(values))}
     with temporary_path(folder / "step.npz") as unfinished:
         with open(unfinished, "wb") as file:
@@ -118,7 +118,6 @@ def require_same(path: Path, before: dict, now: dict, warn: Callable[[str], None
     Raises:
         ValueError: they differ; the message says where.
     """
-    now = json.loads(json.dumps(now, default=str))
     layers, layers_now = before.get("model", {}), now.get("model", {})
     shared = {name: layers[name].keys() & layers_now[name].keys() for name in layers.keys() & layers_now.keys()}
     only_one = {key for name in shared for key in (layers[name].keys() ^ layers_now[name].keys())}

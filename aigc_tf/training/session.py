@@ -237,7 +237,8 @@ class Session(keras.callbacks.Callback):
         )
         if self.folder:
             self._write_log()
-            self.tensorboard.write({name: row[name] for name in list(row)[1:]}, self.step)
+            with self._write_errors_explained("the log", self.run_dir / "tensorboard"):
+                self.tensorboard.write({name: row[name] for name in list(row)[1:]}, self.step)
         trained.reset_metrics()
         self.interval_started, self.interval_start_step = time.perf_counter(), self.step
 

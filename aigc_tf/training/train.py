@@ -1,6 +1,7 @@
 """Training: train(), from a model and data to the weights that score best on held-out documents."""
 
 import contextlib
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ from ..corpus.tokenizer import Tokenizer
 from ..models.contract import check_model
 from ..runtime.backend import keras
 from ..runtime.distribution import check_distribution, is_first_host, num_replicas
-from ..runtime.files import locked
+from ..runtime.files import to_json
+from ..runtime.locks import locked
 from .logs import Display, NoDisplay
 from .loop import data_ended_error, phases, run_phase
 from .optimizer import check_optimizer_settings, compile_model
@@ -166,7 +168,13 @@ def train(
 def _batch_shape(train_data) -> tuple[int, int]:
     if isinstance(train_data, Batches):
         return train_data.shape
-    shape = train_data.element_spec[0].shape
+    spec = getattr(train_data, "element_spec", None)
+    if not isinstance(spec, tuple) or len(spec) != 2:
+        got = f"{type(train_data).__name__} of {spec}" if spec is not None else type(train_data).__name__
+        raise ValueError(
+            f"train_data must be what make_dataset returns, or a tf.data.Dataset of pairs (inputs, targets), got {got}."
+        )
+    shape = spec[0].shape
     if shape.rank != 2 or None in shape:
         raise ValueError(
             f"train_data must have batches of one shape (B, T), got {shape}. Make them with make_dataset, or with "
@@ -201,14 +209,14 @@ def _resolve_num_candidates(
 
 
 def _identity(model, train_data, tokenizer, valid_documents, settings: dict) -> dict:
-    """Describe a training run: what must be the same for another one to resume it."""
+    """Describe a training run in JSON types: what must be the same for another one to resume it."""
     describe_data = getattr(train_data, "identity", dict)
     layers = {}
     for i, layer in enumerate(model.layers):
         config = layer.get_config()
         # Without the name: Keras numbers unnamed layers over all models of a process.
         layers[f"layer {i} ({type(layer).__name__})"] = {key: config[key] for key in config if key != "name"}
-    return {
+    identity = {
         "backend": keras.backend.backend(),
         "tokenizer": tokenizer.fingerprint,
         "training data": {"shape of a batch": list(_batch_shape(train_data)), **describe_data()},
@@ -216,3 +224,4 @@ def _identity(model, train_data, tokenizer, valid_documents, settings: dict) -> 
         **settings,
         "model": layers,
     }
+    return json.loads(to_json(identity))

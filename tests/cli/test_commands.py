@@ -12,7 +12,7 @@ import pytest
 
 from aigc_tf import generate, load_stopwords, load_writer, read_run
 from aigc_tf.cli.commands import main
-from aigc_tf.runtime.files import locked
+from aigc_tf.runtime.locks import locked
 
 SMALL = "--context 16 --steps 4 --validations 2 --num-layers 1 --hidden-dim 16 --valid-fraction 0.2".split()
 

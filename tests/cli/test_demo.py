@@ -7,6 +7,7 @@ from aigc_tf import read_run
 from aigc_tf.cli import demo
 from aigc_tf.cli.commands import main
 from aigc_tf.cli.demo import is_quatrain, run_demo
+from aigc_tf.runtime.files import shipped_file
 from aigc_tf.training.session import Session
 
 
@@ -23,8 +24,10 @@ def test_the_form_of_a_quatrain():
         assert not is_quatrain(wrong)
 
 
-@pytest.mark.slow
-def test_the_demo_shows_its_figures_and_saves_its_runs(tmp_path):
+def test_the_demo_shows_its_figures_and_saves_its_runs(tmp_path, monkeypatch):
+    poems = shipped_file("tang_quatrains.txt").read_text("utf-8").split("\n\n")[:500]
+    (tmp_path / "poems.txt").write_text("\n\n".join(poems), "utf-8")
+    monkeypatch.setattr("aigc_tf.cli.demo.shipped_file", lambda name: tmp_path / "poems.txt")
     lines = []
     figures = run_demo(tmp_path, steps_fraction=0.01, show=lines.append)
     text = "\n".join(lines)

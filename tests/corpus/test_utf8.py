@@ -92,7 +92,7 @@ SETTINGS = [
 @pytest.mark.parametrize("engine", ["numpy", "numba", "model", "device"])
 def test_generated_text_is_valid_utf8(model, engine):
     count = 15 if engine == "model" else 60
-    for settings in SETTINGS if engine != "model" else SETTINGS[:2]:
+    for settings in SETTINGS if engine in ("numpy", "numba") else SETTINGS[:2]:  # the others take longer
         texts = generate_batch(
             model, TOKENIZER, PROMPTS, max_new_tokens=count, seed=0, engine=engine, **{**PLAIN, **settings}
         )

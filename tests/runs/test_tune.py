@@ -21,7 +21,8 @@ from aigc_tf.runs.pipeline import SETTINGS, run_pipeline
 from aigc_tf.runs.trials import trials_table
 from aigc_tf.runs.tune import tune
 from aigc_tf.runtime.backend import keras
-from aigc_tf.runtime.files import locked, write_json
+from aigc_tf.runtime.files import write_json
+from aigc_tf.runtime.locks import locked
 from aigc_tf.training.checkpoints import list_checkpoints
 from aigc_tf.training.logs import NoDisplay
 from aigc_tf.training.session import Session

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import cpu_only
+from conftest import cpu_only, message_of
 
 from aigc_tf import Tokenizer, evaluate, make_dataset, train
 from aigc_tf.evaluation.bits import sample_documents
@@ -226,6 +226,14 @@ def test_invalid_settings_are_refused(build, documents, tokenizer):
         train(build(tokenizer.vocab_size, T), data, tokenizer, [], steps=1)
     with pytest.raises(ValueError, match="at least one held-out document that is not empty"):
         train(build(tokenizer.vocab_size, T), data, tokenizer, [""], steps=1)
+
+
+@pytest.mark.parametrize("data", [[], iter([]), np.zeros((4, 21), np.int32)], ids=lambda data: type(data).__name__)
+def test_data_of_another_kind_is_refused(build_one, documents, tokenizer, data):
+    model = build_one(tokenizer.vocab_size, T, num_layers=1)
+    said = message_of(ValueError, train, model, data, tokenizer, documents[:9], steps=2, progress=False)
+    assert said.startswith("train_data must be what make_dataset returns")
+    assert f"got {type(data).__name__}." in said
 
 
 def test_data_that_does_not_come_straight_from_make_dataset_is_pointed_out(build, documents, tokenizer, capsys):
