@@ -82,12 +82,12 @@ def use_devices(
         raise ValueError(f"count must be from 1 to the number of devices here, {len(devices)}, got {count}.")
     if count % model_parallel:
         raise ValueError(f"count must be a multiple of model_parallel, got {count} and {model_parallel}.")
+    precision = resolve_precision(precision)
     devices = devices[:count]
     if is_jax:
         _distribute_jax(devices, model_parallel)
     else:
         _distribute_tensorflow(devices)
-    precision = resolve_precision(precision)
     keras.config.set_dtype_policy(precision)
     kind = re.split("[:/]", devices[0].removeprefix("/device:"))[0].upper()
     shared = f"{count} x {kind}" if count > 1 else kind
@@ -180,15 +180,17 @@ def should_stop_all_hosts(check: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(check)
 
 
-def check_distribution(batch_size: int) -> None:
+def check_distribution(model: keras.Model, batch_size: int) -> None:
     """Refuse what would fail in the middle of training, or go wrong silently.
 
     Args:
+        model: the model to train.
         batch_size: B, the windows in a step.
 
     Raises:
-        ValueError: the devices do not share such a batch evenly, or Keras' distribution is set with TensorFlow, where
-            it trains on one device without a word.
+        ValueError: the devices do not share such a batch evenly; the model was built for other devices (on JAX; Keras
+            refuses it on TensorFlow); or Keras' distribution is set with TensorFlow, where it trains on one device
+            without a word.
     """
     if keras.backend.backend() == "tensorflow" and keras.distribution.distribution() is not None:
         raise ValueError(
@@ -201,6 +203,14 @@ def check_distribution(batch_size: int) -> None:
             f"A batch of {batch_size} windows cannot be shared by {replicas} devices. Take a batch_size that is a "
             f"multiple of {replicas}, or fewer devices."
         )
+    if keras.backend.backend() == "jax":
+        distribution = keras.distribution.distribution()
+        count = distribution.device_mesh.devices.size if distribution else 1
+        if (count_of_model := len(model.variables[0].value.sharding.device_set)) != count:
+            raise ValueError(
+                f"The model was built for {count_of_model} devices, and use_devices has chosen {count} since. Build "
+                "models after use_devices."
+            )
 
 
 def predict(model: keras.Model, inputs) -> np.ndarray:

@@ -122,7 +122,7 @@ def train(
             "Training needs at least one held-out document that is not empty to choose the best weights by, got none."
         )
     batch_size, context = _batch_shape(train_data)
-    _check_batch_size(batch_size, num_microbatches)
+    _check_batch_size(model, batch_size, num_microbatches)
     tokens_per_batch = batch_size * context // num_microbatches
     num_candidates = _resolve_num_candidates(num_candidates, model, train_data, tokens_per_batch, tokenizer.vocab_size)
     settings = {"steps": steps, "learning_rate": learning_rate, "weight_decay": weight_decay, "clip_norm": clip_norm}
@@ -183,10 +183,10 @@ def _batch_shape(train_data) -> tuple[int, int]:
     return tuple(shape)
 
 
-def _check_batch_size(batch_size: int, num_microbatches: int) -> None:
+def _check_batch_size(model, batch_size: int, num_microbatches: int) -> None:
     if batch_size % num_microbatches:
         raise ValueError(f"A batch of {batch_size} windows cannot be divided into {num_microbatches} microbatches.")
-    check_distribution(batch_size // num_microbatches)
+    check_distribution(model, batch_size // num_microbatches)
     if num_microbatches > 1 and keras.backend.backend() == "tensorflow" and num_replicas() > 1:
         raise ValueError(
             "Keras on TensorFlow cannot accumulate gradients on several devices. Train with num_microbatches=1, or "

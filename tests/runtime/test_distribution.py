@@ -53,6 +53,12 @@ for name, devices, settings, *architectures in jobs:
         results[architecture] = [*history["loss"], *history["bits_per_char"], bits, surprisal, text]
         aigc_tf.save(f"{folder}/{name}-{architecture}", model, tokenizer)
     print(json.dumps([name, said, results]), flush=True)
+if keras.backend.backend() == "jax" and "model_parallel" in devices:
+    aigc_tf.use_devices(1)
+    try:
+        aigc_tf.train(model, data, tokenizer, documents[:9], steps=2, progress=False)
+    except ValueError as error:
+        print(json.dumps(["fewer devices", str(error), {}]))
 """
 
 
@@ -105,12 +111,13 @@ def test_two_devices_learn_what_one_learns(documents, tmp_path):
     said, expected = results["one"]
     assert said == "CPU, float32"
     assert results["two"][0] == "2 x CPU, float32"
-    for name in set(results) - {"one", "shared microbatches"}:
+    for name in set(results) - {"one", "shared microbatches", "fewer devices"}:
         require_close(results[name][1], expected)
     said, shared = results["shared microbatches"]
     if IS_JAX:
         require_close(shared, expected)
         assert results["divided"][0] == "2 x CPU, a model divided among 2, float32"
+        assert "was built for 2 devices, and use_devices has chosen 1 since" in results["fewer devices"][0]
     else:
         assert "cannot accumulate gradients on several devices" in shared["transformer"]
 
@@ -162,6 +169,7 @@ def test_a_signal_to_one_host_stops_all_with_a_checkpoint(documents, tmp_path):
         ({"count": 0}, "count must be from 1 to the number of devices here, 1, got 0"),
         ({"count": 2}, "count must be from 1 to the number of devices here, 1, got 2"),
         ({"model_parallel": 0}, "must be at least 1"),
+        ({"precision": "float8"}, "precision must be auto, float32, mixed_bfloat16 or mixed_float16, got 'float8'"),
         ({"num_hosts": 2, "host": 2}, "host from 0 to num_hosts - 1"),
         ({"model_parallel": 2}, "count must be a multiple of model_parallel" if IS_JAX else "need JAX"),
         ({"num_hosts": 2}, "need a coordinator" if IS_JAX else "need JAX"),
@@ -173,17 +181,19 @@ def test_what_cannot_be_is_said(wrong, part):
     assert num_replicas() == 1
 
 
-def test_a_batch_that_devices_cannot_share_is_refused(monkeypatch):
+def test_a_batch_that_devices_cannot_share_is_refused(build_one, monkeypatch):
+    model = build_one(9, 4)
     monkeypatch.setattr("aigc_tf.runtime.distribution.num_replicas", lambda: 4)
-    check_distribution(8)
-    assert "multiple of 4" in message_of(ValueError, check_distribution, 6)
+    check_distribution(model, 8)
+    assert "multiple of 4" in message_of(ValueError, check_distribution, model, 6)
 
 
 @pytest.mark.skipif(IS_JAX, reason="with JAX it works")
-def test_keras_distribution_on_tensorflow_is_refused():
+def test_keras_distribution_on_tensorflow_is_refused(build_one):
+    model = build_one(9, 4)
     keras.distribution.set_distribution(keras.distribution.DataParallel(devices=["cpu:0"]))
     try:
-        assert "does nothing on TensorFlow" in message_of(ValueError, check_distribution, 4)
+        assert "does nothing on TensorFlow" in message_of(ValueError, check_distribution, model, 4)
     finally:
         keras.distribution.set_distribution(None)
 
