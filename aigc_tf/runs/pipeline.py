@@ -15,6 +15,7 @@ from ..evaluation.bits import FINAL_TOKENS, evaluate, sample_documents
 from ..generation.generate import generate
 from ..models.initialisation import initialise
 from ..models.networks import build
+from ..models.sizes import check_at_least_1
 from ..runtime.distribution import is_first_host, num_replicas, resolve_precision
 from ..runtime.locks import locked
 from ..training.checkpoints import CHECKPOINTS, delete_checkpoints, list_checkpoints
@@ -118,8 +119,7 @@ def run_pipeline(
         raise ValueError('user_dict is for unit="word": characters need no dictionary. Remove it, or set unit="word".')
     settings["user_dict"] = user_dict = as_user_dict(user_dict)
     settings["precision"] = precision = resolve_precision(precision)
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    check_at_least_1(steps=1 if steps is None else steps, num_microbatches=num_microbatches)
     check_optimizer_settings(learning_rate, weight_decay)
     settings["seed"] = seed = as_seed(seed)
 

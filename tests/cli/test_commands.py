@@ -450,6 +450,7 @@ def test_a_user_s_mistake_is_one_clear_line(run_folder, corpus, tmp_path, capsys
         (["train", text, "--out", run], "exists and is not empty"),
         (["train", text, "--steps", "0"], "steps must be at least 1"),
         (["train", text, "--batch-size", "0"], "batch_size must be at least 1"),
+        (["train", text, "--num-microbatches", "0"], "num_microbatches must be at least 1"),
         (["evaluate", text, text], "is not a run folder"),
         (["evaluate", run, str(tmp_path / "none")], "There is no file or folder"),
         (["generate", str(tmp_path)], "is not a run folder"),
