@@ -60,6 +60,15 @@ def test_a_trial_that_was_edited_into_another_type_is_refused(tmp_path, trial):
     )
 
 
+def test_a_space_in_another_order_is_another_search(tmp_path):
+    space = {"dropout": [0.1, 0.2], "model": ["lstm", "transformer"]}  # the order decides what a seed proposes
+    write_trials(tmp_path, {**SEARCH, "space": space}, [])
+    assert read_trials(tmp_path, {**SEARCH, "space": space}, SPACE) == []
+    for other in (dict(reversed(space.items())), {**space, "dropout": [0.2, 0.1]}):
+        message = message_of(ValueError, read_trials, tmp_path, {**SEARCH, "space": other}, SPACE)
+        assert "differs in space." in message
+
+
 @pytest.mark.parametrize(
     "content", ["{", "1", "[]", "null", *(json.dumps({**SEARCH, "trials": v}) for v in (1, {}, ""))]
 )

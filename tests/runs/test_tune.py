@@ -1,12 +1,14 @@
 import collections
 import gc
 import inspect
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -119,6 +121,14 @@ def test_minutes_end_the_search_after_the_running_trial(documents, tmp_path):
 
 
 @pytest.mark.usefixtures("without_training")
+def test_trials_start_until_the_minutes_are_over(documents, tmp_path, monkeypatch):
+    clock = itertools.count(0, 10)  # it is asked once by the search, twice by a trial and once after it
+    monkeypatch.setattr(tune_module, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    # They end 30, 60, 90, 120 seconds after the search began.
+    assert len(tune(documents, tmp_path / "search", RATES, minutes=1.75, progress=False, **SMALL)) == 4
+
+
+@pytest.mark.usefixtures("without_training")
 def test_another_search_is_refused_in_the_same_folder(documents, tmp_path):
     folder = tmp_path / "search"
     tune(documents, folder, RATES, trials=1, progress=False, **SMALL)
@@ -157,6 +167,18 @@ def test_a_failed_trial_is_listed_and_the_search_continues(documents, tmp_path, 
     assert "failed" in table[-1]
     assert "multiple of num_heads" in table[-1]
     assert "failed: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("without_training")
+def test_a_figure_that_is_not_finite_is_a_failure(documents, tmp_path, monkeypatch):
+    run, figures = tune_module.run_pipeline, iter([math.inf, math.nan, 7.0])
+    monkeypatch.setattr(
+        tune_module, "run_pipeline", lambda *args, **given: {**run(*args, **given), "bits_per_char": next(figures)}
+    )
+    trials = tune(documents, tmp_path / "search", RATES, trials=3, progress=False, **SMALL)
+    assert [trial["bits_per_char"] for trial in trials] == [7.0, None, None]
+    assert [trial["error"] for trial in trials[1:]] == [f"The bits per character became {f}." for f in ("inf", "nan")]
+    assert tune(documents, tmp_path / "search", RATES, trials=3, progress=False, **SMALL) == trials  # it can be read
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
@@ -247,6 +269,24 @@ def test_proposals_follow_from_the_seed_and_stay_in_the_space():
         assert settings["num_layers"] in (1, 2, 3)
         assert type(settings["num_layers"]) is int
         assert ("num_heads" in settings) == (settings["model"] == "transformer")
+
+
+def test_ranges_above_0_are_drawn_from_on_a_logarithmic_scale_and_others_evenly():
+    space = {"learning_rate": (1e-6, 1.0), "dropout": (0.0, 0.8)}
+    drawn = [tune_module._propose(space, [], seed) for seed in range(40)]
+    for name, middle in (("learning_rate", 1e-3), ("dropout", 0.4)):
+        assert 10 <= sum(settings[name] < middle for settings in drawn) <= 30, name
+
+
+def test_settings_near_those_that_failed_are_avoided():
+    space = {"dropout": (0.0, 0.9)}
+    # The nearer to the failures, the better.
+    tried = [(rate, 8 - rate if rate < 0.5 else None) for rate in (0.05, 0.2, 0.35, 0.45, 0.6, 0.7, 0.8)]
+    records = [
+        {"trial": i, "settings": {"dropout": rate}, "bits_per_char": bits, "error": None if bits else "failed"}
+        for i, (rate, bits) in enumerate(tried, 1)
+    ]
+    assert all(tune_module._propose(space, records, seed)["dropout"] < 0.55 for seed in range(3))
 
 
 @pytest.mark.slow
