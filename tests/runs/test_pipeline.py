@@ -1,9 +1,12 @@
+import inspect
 import re
 
 import pytest
 from conftest import message_of
 
 import aigc_tf
+from aigc_tf.evaluation.bits import sample_documents
+from aigc_tf.runs import pipeline
 from aigc_tf.runs.pipeline import SETTINGS, default_steps, is_unfinished_run, run_pipeline
 from aigc_tf.runtime.backend import keras
 
@@ -27,6 +30,42 @@ def test_a_run_is_documents_in_and_a_model_that_can_be_loaded_out(documents, tmp
     assert run["baselines"] == aigc_tf.baselines(tokenizer, aigc_tf.split(documents, 0.2)[0], held_out)
     assert set(run["settings"]) == set(SETTINGS)
     assert run["settings"]["model"] == model
+
+
+def test_each_setting_reaches_the_steps_that_have_it(documents, tmp_path, monkeypatch):
+    given = {
+        "size": "small", "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "dropout": 0.2, "context": 8,
+        "batch_size": 12, "steps": 3, "learning_rate": 2e-3, "weight_decay": 0.2, "validations": 2,
+        "num_microbatches": 3, "num_candidates": 50, "precision": "float32", "seed": 5, "checkpoint_minutes": 7.0,
+        "checkpoint_steps": 9, "keep_checkpoints": 4, "progress": False,
+    }  # fmt: skip
+    assert not [name for name in given.keys() & SETTINGS.keys() - {"precision"} if given[name] == SETTINGS[name]]
+    reached = {}
+
+    def recording(name, function):
+        def call(*args, **kwargs):
+            reached[name] = inspect.signature(function).bind(*args, **kwargs).arguments
+            reached[name] |= reached[name].pop("settings", {})
+            if name == "train":
+                raise InterruptedError
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("make_dataset", "memory_warning", "build", "initialise", "train"):
+        monkeypatch.setattr(pipeline, name, recording(name, getattr(pipeline, name)))
+    monkeypatch.setattr(pipeline, "num_replicas", lambda: 2)
+    with pytest.raises(InterruptedError):
+        run_pipeline(documents, tmp_path / "run", valid_fraction=0.2, **given)
+    assert reached["memory_warning"].pop("batch_size") == 12 // 3 // 2  # of one device at a time
+    named = set()
+    for name, arguments in reached.items():
+        shared = given.keys() & arguments.keys()
+        named |= shared
+        assert {key: arguments[key] for key in shared} == {key: given[key] for key in shared}, name
+    assert named == set(given)
+    assert all("seed" in reached[name] for name in ("make_dataset", "build", "initialise"))
+    assert {"num_layers", "num_heads", "hidden_dim", "dropout", "precision"} <= reached["build"].keys()
 
 
 def test_without_progress_nothing_is_printed(documents, tmp_path, capsys):
@@ -114,6 +153,9 @@ def test_of_much_held_out_text_a_part_is_measured_and_named(documents, tmp_path,
     figures = run_pipeline(documents, tmp_path / "run", **SMALL)
     held_out = aigc_tf.split(documents, 0.2)[1]
     assert figures["documents"] < len(held_out)
+    run, (_, tokenizer) = aigc_tf.read_run(tmp_path / "run"), aigc_tf.load(tmp_path / "run")
+    measured = sample_documents(held_out, tokenizer, 40)
+    assert run["baselines"] == aigc_tf.baselines(tokenizer, aigc_tf.split(documents, 0.2)[0], measured)
     assert (
         f"measured on {figures['documents']:.0f} of the {len(held_out)} held-out documents" in capsys.readouterr().out
     )
