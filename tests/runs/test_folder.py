@@ -166,6 +166,22 @@ def test_a_run_that_is_replaced_while_it_is_read_is_read_again(build, trained, t
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_model_has_its_own_tokenizer_even_if_the_run_is_replaced_between_them(
+    build, trained, tokenizer, tmp_path, monkeypatch
+):
+    other, read = Tokenizer([*"白日"]), Tokenizer.load
+    save(tmp_path, trained, tokenizer)
+
+    def slow(file):
+        monkeypatch.setattr(Tokenizer, "load", read)
+        save(tmp_path, build(other.vocab_size, 8), other)  # by another process
+        return read(file)
+
+    monkeypatch.setattr(Tokenizer, "load", slow)
+    model, found = load(tmp_path)
+    assert model.output_shape[-1] == found.vocab_size == other.vocab_size
+
+
 def test_a_save_deletes_the_leftovers_of_a_killed_one(trained, tokenizer, tmp_path):
     (tmp_path / ".0123456789ab-.lock").touch()
     (tmp_path / ".0123456789ab-.saving").mkdir()
@@ -224,6 +240,13 @@ def test_a_record_is_added_to_a_run(trained, tokenizer, tmp_path):
     before = read_run(tmp_path)
     add_to_run(tmp_path, figures={"bits": 7.4}, sample="春")
     assert read_run(tmp_path) == {**before, "figures": {"bits": 7.4}, "sample": "春"}
+    load(tmp_path)
+    # Also to one whose files were on their way to their places when the process was killed.
+    (tmp_path / ".saving").mkdir()
+    for name in ("model.keras", "tokenizer.json", "run.json"):
+        os.replace(tmp_path / name, tmp_path / ".saving" / name)
+    add_to_run(tmp_path, sample="夏")
+    assert read_run(tmp_path) == {**before, "figures": {"bits": 7.4}, "sample": "夏"}
     load(tmp_path)
 
 
@@ -480,7 +503,7 @@ def test_a_tokenizer_file_with_wrong_types_is_refused(trained, tokenizer, tmp_pa
     assert "is not a tokenizer" in message_of(ValueError, load_writer, tmp_path)
 
 
-@pytest.mark.parametrize("settings", [["steps"], "x", None, {"valid_fraction": "x"}, {"valid_fraction": 2}])
+@pytest.mark.parametrize("settings", [["steps"], "x", None, *({"valid_fraction": value} for value in ("x", 0, 1, 2))])
 def test_settings_must_be_a_dict_with_a_usable_valid_fraction(trained, tokenizer, tmp_path, settings):
     assert "settings" in message_of(ValueError, save, tmp_path / "other", trained, tokenizer, settings=settings)
     assert not (tmp_path / "other").exists()
