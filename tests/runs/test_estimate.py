@@ -80,6 +80,22 @@ def test_hours_count_validations_and_memory_what_is_counted():
     assert peaks[0] < peaks[1] == pytest.approx(peaks[2], rel=0.1)
 
 
+def test_time_and_energy_follow_from_what_is_measured(monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        estimate_module, "seconds_and_watts_of_steps", lambda *args: measured.append(args[-2]) or (0.5, 30.0)
+    )
+    monkeypatch.setattr(estimate_module, "seconds_per_evaluated_token", lambda *args: 1e-3)
+    small = {**RUN, "num_layers": 1, "num_heads": 1, "hidden_dim": 8, "validations": 3, "num_candidates": 99}
+    for valid_tokens, evaluated in ((0, 0), (500, 4 * 500), (10**6 - 1, 3 * 200_000 + 10**6 - 1), (10**9, 16 * 10**5)):
+        figures = estimate(**small, valid_tokens=valid_tokens)
+        assert figures["validation_hours"] * 3600 == pytest.approx(evaluated * 1e-3)
+        assert figures["hours"] * 3600 == pytest.approx(100 * 0.5 + evaluated * 1e-3)
+        assert figures["watts"] == 30
+    assert estimate(**small, watts=50)["watts"] == 50
+    assert {*measured} == {99}
+
+
 def test_a_measurement_changes_nothing_for_what_comes_after():
     from aigc_tf.runtime.backend import keras
 
@@ -114,6 +130,16 @@ def test_a_training_that_needs_more_than_the_free_memory_is_warned_of(monkeypatc
     monkeypatch.setattr(estimate_module, "available_bytes", lambda: 4000 * 1024)
     assert estimate(**RUN, seconds=0)["available_memory_bytes"] == 4000 * 1024
     assert "This training needs about" in memory_warning(**RUN)
+
+
+def test_what_the_process_holds_already_is_part_of_the_peak_and_needs_no_free_memory(monkeypatch):
+    figures = estimate(**RUN, seconds=0)
+    alone = figures["peak_memory_bytes"] - figures["runtime_bytes"]
+    monkeypatch.setattr(estimate_module, "process_bytes", lambda: 8 * alone)
+    monkeypatch.setattr(estimate_module, "available_bytes", lambda: 1.01 * alone)
+    assert memory_warning(**RUN) == ""
+    counted = estimate(**RUN, seconds=0, train_tokens=10**7)
+    assert counted["peak_memory_bytes"] == 118 * 10**7 + counted["weights_bytes"] + 8 * alone
 
 
 def test_where_no_memory_is_reported_there_is_no_warning_and_no_error(monkeypatch):
