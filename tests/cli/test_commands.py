@@ -10,8 +10,11 @@ import time
 
 import pytest
 
-from aigc_tf import generate, load_stopwords, load_writer, read_run
+from aigc_tf import Tokenizer, generate, load_stopwords, load_writer, read_run, split
 from aigc_tf.cli.commands import main
+from aigc_tf.runs import estimate as estimate_module
+from aigc_tf.runs.pipeline import default_steps
+from aigc_tf.runs.search_space import DEFAULT_SPACE
 from aigc_tf.runtime.locks import locked
 
 SMALL = "--context 16 --steps 4 --validations 2 --num-layers 1 --hidden-dim 16 --valid-fraction 0.2".split()
@@ -160,8 +163,6 @@ def test_prose_trains_with_words(tmp_path, documents, capsys):
     (tmp_path / "words.txt").write_text("学习第 100 n\n", "utf-8")
     arguments = ["train", str(prose), "--unit", "word", "--out", str(tmp_path / "run"), *SMALL]
     assert main([*arguments, "--user-dict", str(tmp_path / "words.txt")]) == 0
-    from aigc_tf import Tokenizer
-
     tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer.json")
     assert tokenizer.unit == "word"
     assert {"我们", "今天", "学习第"} <= set(tokenizer.pieces)
@@ -208,6 +209,59 @@ def test_tune_finds_the_better_setting_and_saves_its_run(corpus, tmp_path, capsy
     assert "trial 2/2" in out
     assert read_run(tmp_path / "search" / "best")["settings"]["learning_rate"] == 1e-2
     assert "holds no trials.json" in only_error(capsys, ["tune", str(corpus), "--out", str(corpus), "--trials", "1"])
+
+
+def test_estimate_counts_both_sides_with_the_vocabulary_of_the_options(corpus, documents, monkeypatch):
+    estimate, given = estimate_module.estimate, {}
+    monkeypatch.setattr(estimate_module, "estimate", lambda *args, **of: given.update(of) or estimate(*args, **of))
+    options = "--vocab-size 265 --valid-fraction 0.2 --context 8 --batch-size 1 --seconds 0".split()
+    assert main(["estimate", str(corpus), *options]) == 0
+    sides = split(documents, 0.2)
+    tokenizer = Tokenizer.train(sides[0], vocab_size=265)
+    train_tokens, valid_tokens = (sum(map(len, tokenizer.encode_documents(side))) for side in sides)
+    assert (given["train_tokens"], given["valid_tokens"]) == (train_tokens, valid_tokens)
+    assert given["vocab_size"] == 265
+    assert given["steps"] == default_steps(train_tokens, 8) > 500
+
+
+def test_tune_has_the_budget_the_seed_and_the_space_of_the_options(corpus, documents, tmp_path, monkeypatch):
+    calls = []
+    trial = {"trial": 1, "settings": {}, "bits_per_char": 7.0, "seconds": 1.0, "error": None}
+    monkeypatch.setattr("aigc_tf.runs.tune.tune", lambda *args, **settings: calls.append((args, settings)) or [trial])
+    for options, settings, space in (
+        ("", {"trials": 20, "minutes": None, "seed": 0}, DEFAULT_SPACE),
+        ("--minutes 3 --seed 4", {"trials": None, "minutes": 3, "seed": 4}, DEFAULT_SPACE),
+        ("--trials 2 --minutes 3 --set seed=5", {"trials": 2, "minutes": 3, "seed": 5}, DEFAULT_SPACE),
+        (
+            "--set dropout=0.3 --set steps=5",
+            {"trials": 20, "minutes": None, "seed": 0, "dropout": 0.3, "steps": 5},
+            {name: values for name, values in DEFAULT_SPACE.items() if name != "dropout"},
+        ),
+        ("--trials 1 --set context=8,16", {"trials": 1, "minutes": None, "seed": 0}, {"context": [8, 16]}),
+    ):
+        assert main(["tune", str(corpus), "--out", str(tmp_path), *options.split()]) == 0
+        assert calls.pop() == ((documents, tmp_path, space), settings), options
+
+
+def test_train_takes_devices_and_checkpoints_as_the_options_say(corpus, tmp_path, monkeypatch):
+    devices, given = [], []
+    monkeypatch.setattr(
+        "aigc_tf.runtime.distribution.use_devices", lambda *args, **settings: devices.append((args, settings))
+    )
+    monkeypatch.setattr("aigc_tf.runs.pipeline.run_pipeline", lambda *args, **settings: given.append(settings))
+    for options, expected in (
+        ("", []),
+        ("--devices 0", [((None,), {"model_parallel": 1, "precision": "auto"})]),
+        ("--devices 2 --precision float32", [((2,), {"model_parallel": 1, "precision": "float32"})]),
+        ("--model-parallel 2", [((None,), {"model_parallel": 2, "precision": "auto"})]),
+    ):
+        devices.clear()
+        assert main(["train", str(corpus), "--out", str(tmp_path / "run"), *options.split()]) == 0
+        assert devices == expected, options
+    checkpoints = {"checkpoint_minutes": 7.0, "checkpoint_steps": 9, "keep_checkpoints": 4}
+    options = [part for name, value in checkpoints.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["train", str(corpus), "--out", str(tmp_path / "run"), *options]) == 0
+    assert checkpoints.items() <= given[-1].items()
 
 
 def test_a_corpus_can_be_named(run_folder, capsys):
