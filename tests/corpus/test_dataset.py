@@ -153,6 +153,19 @@ def test_without_tensorflow_batches_are_the_same(documents, tokenizer, seed, req
         assert array.dtype == np.int32
 
 
+@pytest.mark.parametrize("fixtures", [[], ["without_tensorflow"]])
+def test_data_that_starts_later_says_so(documents, tokenizer, fixtures, request):
+    for name in fixtures:
+        request.getfixturevalue(name)
+    for seed in (None, 3):
+        whole = make_dataset(documents, tokenizer, 16, 4, seed)
+        late = make_dataset(documents, tokenizer, 16, 4, seed, start_step=2)
+        np.testing.assert_array_equal(batches(late.from_step(3), 4), batches(whole.from_step(5), 4))
+        assert late.identity() == {**whole.identity(), "first batch": 2} != whole.identity()
+        assert late.cardinality() == (whole.cardinality() - 2 if seed is None else -1)
+    assert make_dataset(documents, tokenizer, 16, 4, start_step=10**6).cardinality() == 0
+
+
 def test_one_pass_has_a_known_length_and_training_data_has_no_end(documents, tokenizer):
     one_pass = make_dataset(documents, tokenizer, 20, 4)
     assert one_pass.cardinality() == len(batches(one_pass))
@@ -179,10 +192,11 @@ def test_a_store_on_disk_gives_the_same_batches(tmp_path, documents, tokenizer):
 
 
 def test_large_vocabularies_take_four_bytes():
-    tokenizer = Tokenizer([chr(0x10000 + i) for i in range(70_000)])
-    store = make_store([chr(0x10000 + 69_999)], tokenizer)
-    assert store.dtype == np.uint32
-    assert store.tolist() == [1, 70_258, 2]
+    for last, dtype in ((2**16 - 1, np.uint16), (2**16, np.uint32)):
+        tokenizer = Tokenizer([chr(0x10000 + i) for i in range(last + 1 - 259)])
+        store = make_store([tokenizer.pieces[-1]], tokenizer)
+        assert store.dtype == dtype
+        assert store.tolist() == [1, last, 2]
 
 
 def test_a_store_that_fails_leaves_nothing(tmp_path, tokenizer):
