@@ -15,6 +15,7 @@ from conftest import cpu_only, message_of
 import aigc_tf
 from aigc_tf import Tokenizer, make_dataset, train
 from aigc_tf.runtime.backend import keras
+from aigc_tf.training import checkpoints
 from aigc_tf.training.checkpoints import list_checkpoints, read_newest, require_same, write_checkpoint
 from aigc_tf.training.session import Session
 
@@ -93,6 +94,13 @@ def test_whatever_the_damage_the_one_before_is_taken(tmp_path):
         assert warnings == [f"warning: {newest} is damaged, and skipped"]
         for value, expected in zip(arrays["weights"], ARRAYS["weights"], strict=True):
             np.testing.assert_array_equal(value, expected)
+
+
+def test_one_of_another_version_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setitem(checkpoints._FORMAT, "version", 2)
+        write(tmp_path, 1)
+    assert "cannot be read by this version" in message_of(ValueError, read, tmp_path)
 
 
 @limits_files

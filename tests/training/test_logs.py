@@ -4,7 +4,7 @@ import sys
 import pytest
 from conftest import message_of
 
-from aigc_tf.training.logs import TensorBoardLog
+from aigc_tf.training.logs import Display, NoDisplay, TensorBoardLog
 
 
 class Lines(list):
@@ -42,3 +42,27 @@ def test_what_cannot_be_written_is_an_error_of_the_operating_system(tmp_path, mo
     monkeypatch.setattr(log._writer, "close", fail)
     assert "No space left on device" in message_of(OSError, log.write, {"loss": 1.0}, 1)
     log.close()
+
+
+def test_a_line_covers_the_live_one_before_it_and_is_not_longer_otherwise(capsys):
+    display = Display()
+    display.live("nobody sees it change")
+    assert capsys.readouterr().out == ""
+    display.is_live = True  # as in a terminal
+    display.live("step 1 of 10")
+    display.live("step 2 of 10")  # too soon to be read
+    display.line("done")
+    display.line("!")
+    assert capsys.readouterr().out == "step 1 of 10\rdone        \n!\n"
+
+
+def test_tensorboard_reads_the_scalars_of_each_step(tmp_path):
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    log = TensorBoardLog(tmp_path, NoDisplay())
+    log.write({"loss": 2.5, "bits_per_char": 7.25}, 4)
+    log.write({"loss": 1.5}, 8)
+    log.close()
+    (file,) = tmp_path.iterdir()
+    events = loader.LegacyEventFileLoader(str(file)).Load()
+    scalars = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    assert scalars == [(4, "loss", 2.5), (4, "bits_per_char", 7.25), (8, "loss", 1.5)]

@@ -175,6 +175,9 @@ def test_the_default_is_a_sampled_softmax_for_large_vocabularies(build, tokenize
     ]:
         assert default_num_candidates(model, tokens, vocab_size) == number
     assert default_num_candidates(lstm(9000, T, hidden_dim=16, tie_embeddings=False), 80, 9000) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("aigc_tf.training.sampled_softmax.num_replicas", lambda: 2)
+        assert default_num_candidates(model, 80, 9000) == 0
     monkeypatch.setattr("aigc_tf.training.sampled_softmax.uses_accelerator", lambda: True)
     assert default_num_candidates(model, 80, 9000) == 0
 
@@ -207,3 +210,10 @@ def test_invalid_settings_are_refused(build, documents, tokenizer):
     untied = lstm(tokenizer.vocab_size, T, hidden_dim=16, tie_embeddings=False)
     message = message_of(ValueError, train, untied, data, tokenizer, valid, num_candidates=90, **settings)
     assert "whose head is its token embedding" in message
+
+
+def test_candidates_on_several_devices_are_refused(build_one, documents, tokenizer, monkeypatch):
+    monkeypatch.setattr("aigc_tf.training.train.num_replicas", lambda: 2)
+    model, data = build_one(tokenizer.vocab_size, T), make_dataset(documents, tokenizer, T, 4, seed=0)
+    message = message_of(ValueError, train, model, data, tokenizer, documents[:9], num_candidates=90, steps=2)
+    assert "num_candidates > 0 needs one device" in message

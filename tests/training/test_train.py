@@ -3,6 +3,7 @@ import math
 import os
 import signal
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from aigc_tf.evaluation.bits import sample_documents
 from aigc_tf.generation.engines.engine import cached_weights
 from aigc_tf.models.weights import LstmWeights, TransformerWeights
 from aigc_tf.runtime.backend import keras
+from aigc_tf.training import session
 from aigc_tf.training.checkpoints import list_checkpoints
+from aigc_tf.training.schedule import WarmupStableDecay
 from aigc_tf.training.session import Session
 
 T = 20
@@ -50,6 +53,8 @@ def test_training_has_exactly_the_given_number_of_steps(build, documents, tokeni
     assert history["step"] == at
     assert int(model.optimizer.iterations) == steps
     assert {len(values) for values in history.values()} == {len(at)}
+    schedule = WarmupStableDecay(1e-3, steps)
+    assert history["learning_rate"] == [float(schedule(step - 1)) for step in at]  # of the last step
 
 
 def test_training_in_blocks_of_steps_is_the_same_training(build, documents, tokenizer, monkeypatch, tmp_path):
@@ -166,6 +171,29 @@ def test_progress_reads_well(build, documents, tokenizer, capsys):
         assert "held-out bits/char" in line
         assert "tokens/s" in line
     assert lines[-1].endswith("0:00 left")
+
+
+def test_speeds_leave_the_validations_out_and_the_time_left_does_not(
+    build_one, documents, tokenizer, monkeypatch, capsys
+):
+    now = [0.0]
+
+    def lasting(seconds, function):
+        def call(*args, **settings):
+            now[0] += seconds
+            return function(*args, **settings)
+
+        return call
+
+    monkeypatch.setattr(session, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Session, "on_train_batch_end", lasting(1, Session.on_train_batch_end))
+    monkeypatch.setattr(session, "evaluate_with_scorer", lasting(100, session.evaluate_with_scorer))
+    _, history = run(build_one, documents, tokenizer, progress=True)
+    assert history["tokens_per_second"] == [4 * T] * 3
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split("tokens/s")[0].split()[-1] for line in lines] == [str(4 * T)] * 3
+    # After 104 seconds for four of twelve steps, then 208 for eight.
+    assert [line.split()[-2] for line in lines] == ["3:28", "1:44", "0:00"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(build, documents, tokenizer):
