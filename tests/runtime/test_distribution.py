@@ -249,6 +249,22 @@ def test_precision_on_gpus_of_several_makers(monkeypatch, capability, precision)
     assert native_precision() == precision
 
 
+@pytest.mark.skipif(IS_JAX, reason="JAX has another way to ask")
+@pytest.mark.parametrize(
+    ("details", "precision"),
+    [
+        ({"compute_capability": (8, 0)}, "mixed_bfloat16"),
+        ({"compute_capability": (7, 5)}, "mixed_float16"),
+        ({"compute_capability": (6, 9)}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_precision_on_gpus_that_tensorflow_describes(monkeypatch, details, precision):
+    monkeypatch.setattr("tensorflow.config.list_physical_devices", lambda kind: ["the GPU"])
+    monkeypatch.setattr("tensorflow.config.experimental.get_device_details", lambda gpu: details)
+    assert native_precision() == precision
+
+
 @pytest.mark.parametrize("backend", ["torch", "numpy", "JAX"])
 def test_another_backend_is_refused_by_name(backend):
     code = "import aigc_tf; aigc_tf.transformer"
