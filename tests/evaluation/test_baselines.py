@@ -5,6 +5,7 @@ import math
 import pytest
 
 from aigc_tf import Tokenizer, baselines, evaluate, make_store
+from aigc_tf.corpus.store import sample_tokens
 from aigc_tf.evaluation import bits
 from aigc_tf.models.ngram import kneser_ney
 
@@ -35,6 +36,8 @@ def test_of_long_text_the_ngram_baseline_counts_slices(documents, tokenizer, mon
     half = baselines(tokenizer, documents[:40], documents[40:])
     assert whole["5-gram"] < half["5-gram"] < whole["uniform"]
     assert half["frequency"] == whole["frequency"]
+    sample = sample_tokens(make_store(documents[:40], tokenizer), num_tokens // 2)  # from all over the text
+    assert half["5-gram"] == baselines(tokenizer, sample, documents[40:])["5-gram"]
 
 
 def test_baselines_count_in_a_store_too(documents, tokenizer, tmp_path):

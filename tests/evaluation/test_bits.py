@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aigc_tf import Tokenizer, baselines, evaluate
-from aigc_tf.evaluation.bits import _windows
+from aigc_tf.evaluation.bits import _windows, batch_rows, evaluate_with_scorer, make_scorer, window_batches
 from aigc_tf.models.ngram import kneser_ney
 from aigc_tf.runtime.backend import keras
 
@@ -70,6 +70,21 @@ def test_windows_lose_nothing(documents, tokenizer):
         cut = evaluate(bigram_model(tokenizer.vocab_size, context), tokenizer, text)
         assert cut["tokens"] == whole["tokens"]
         assert cut["nats_per_token"] == pytest.approx(whole["nats_per_token"], rel=1e-5)
+
+
+def test_a_batch_has_few_windows_where_their_logits_are_many():
+    assert batch_rows(8, 300) == 64
+    for context, vocab_size in ((128, 6000), (1024, 6000), (1024, 50_000)):
+        bytes_per_row = 4 * context * vocab_size
+        rows = batch_rows(context, vocab_size)
+        assert rows == 1 or rows * bytes_per_row <= 2**25 < (rows + 1) * bytes_per_row
+
+
+def test_progress_is_the_number_of_batches_done(documents, tokenizer):
+    batches = list(window_batches(tokenizer, documents[:5], 4, batch_size=3))
+    done = []
+    evaluate_with_scorer(make_scorer(uniform_model(tokenizer.vocab_size, 4)), batches, documents[:5], done.append)
+    assert done == list(range(len(batches)))
 
 
 def test_documents_are_independent(build, documents, tokenizer):

@@ -72,6 +72,12 @@ class Balance(html.parser.HTMLParser):
             self.data.append(data)
 
 
+def test_a_strip_of_words_names_the_bits_per_character():
+    tokenizer = Tokenizer(["白日", "依山尽"], unit="word", user_dict=["白日", "依山尽"])
+    drawn = surprisal_html(uniform_model(tokenizer.vocab_size), tokenizer, "白日依山尽")
+    assert f"<b>{3 * math.log2(tokenizer.vocab_size) / 5:.2f} bits per character</b>" in drawn
+
+
 @pytest.mark.parametrize("draw", [surprisal_html, attention_html])
 def test_a_page_is_well_formed_and_self_contained(attentive, tokenizer, draw):
     text = "白<&\">'\x00\ud800日\n"
