@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import warnings
 
 import numpy as np
@@ -56,13 +57,16 @@ def transformer(norm_first=True, act="gelu", epsilon=1e-5, approximate=True, off
     return keras.Model(ids, layers.Identity(name="logits")(embedding(x, reverse=True)), name="transformer")
 
 
-def lstm(activation="tanh", go_backwards=False, head_activation=None, **settings):
+def lstm(activation="tanh", go_backwards=False, head_activation=None, tied=True, **settings):
     ids = keras.Input((T,), dtype="int32", name="ids")
     table = layers.ReversibleEmbedding(V, D, name="token_embedding")
     x = table(ids)
     settings = {"return_sequences": True, "go_backwards": go_backwards, **settings}
     x = layers.LSTM(D, activation, name="lstm_0", **settings)(x)
     x = layers.Dense(D, activation=head_activation, name="head")(x)
+    if not tied:
+        table = layers.ReversibleEmbedding(V, D, name="another_table")
+        table.build((None, T))
     return keras.Model(ids, layers.Identity(name="logits")(table(x, reverse=True)), name="lstm")
 
 
@@ -106,6 +110,7 @@ OTHERS = {
     "epsilon": lambda: transformer(epsilon=1e-3),
     "exact GELU": lambda: transformer(approximate=False),
     "positions from 1": lambda: transformer(offset=0, more=1),
+    "positions from -1": lambda: transformer(offset=2),
     "a position more": lambda: transformer(more=1),
     "a local mask": lambda: transformer(mask=WINDOW),
     "sinusoids": lambda: transformer(table=False),
@@ -122,6 +127,7 @@ OTHERS = {
     "LSTM backwards": lambda: lstm(go_backwards=True),
     "LSTM stateful": lambda: lstm(recurrent_activation="hard_sigmoid"),
     "LSTM head": lambda: lstm(head_activation="tanh"),
+    "LSTM with two tables": lambda: lstm(tied=False),
     "a layer of the user's": with_a_layer_of_the_users,
     "sequential": lambda: keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(V, V)]),
 }
@@ -130,6 +136,14 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_model_that_differs_in_one_setting_is_not_recognised(name):
     assert weights_of(OTHERS[name]()) is None
+
+
+@pytest.mark.parametrize("build", [transformer, lstm])
+def test_the_weights_that_each_token_is_multiplied_with_are_counted(build):
+    model = build()
+    others = ("position_embedding", "final_norm") if build is transformer else ("bias",)
+    used = [weight.shape for weight in model.weights if not any(name in weight.path for name in others)]
+    assert weights_of(model).num_parameters == sum(map(math.prod, used))
 
 
 def test_settings_of_training_make_no_difference():
