@@ -231,3 +231,9 @@ def test_stop_strings_may_come_from_an_iterator(tokenizer, function):
     for stop in ("日", ["龘", "日"]):
         message = message_of(ValueError, function, model, tokenizer, stop=iter(stop), **settings)
         assert message == "'日' is forced and contains the stop string '日'. Remove one of them."
+
+
+def test_a_temperature_too_low_to_tell_from_0_is_0():
+    for temperature in (0, 1e-7, 5e-324):
+        assert check_sampling(temperature=temperature).temperature == 0
+    assert check_sampling(temperature=1e-6).temperature == 1e-6

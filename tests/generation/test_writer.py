@@ -9,6 +9,7 @@ from conftest import message_of, only, table_model
 import aigc_tf
 from aigc_tf import generate, generate_batch, stream
 from aigc_tf.generation import processors, writer
+from aigc_tf.generation.engines.weight_cache import cached_weights
 
 T = 48
 
@@ -116,6 +117,8 @@ def test_a_stop_string_acts_in_any_tokenisation(settings):
         text = generate(model, tokenizer, stop="\ufffd", max_new_tokens=9, **settings)
         assert (text, text.ids, text.finish_reason) == ("白", (white, *spelt), "stop")
         assert "".join(stream(model, tokenizer, stop="\ufffd", max_new_tokens=9)) == "白"
+        text = generate(model, tokenizer, stop="白", max_new_tokens=9, **settings)  # with the first token
+        assert (text, text.ids, text.finish_reason) == ("", (white,), "stop")
 
 
 def test_very_many_tokens_may_be_asked_for(tokenizer, engine):
@@ -152,7 +155,9 @@ def test_prompts_beyond_memory_are_written_some_at_a_time(model, tokenizer, monk
 
 @pytest.mark.parametrize("forced", [[], ["月"]])
 def test_candidates_beyond_memory_are_written_some_at_a_time(model, tokenizer, monkeypatch, forced):
+    # So warm that the likeliest text may be any of them.
     settings = {"max_new_tokens": 6, "seed": 3, "best_of": 7, "forced": forced, "log_probability": True}
+    settings |= {"temperature": 2.0, "top_p": None}
     expected, batches, make = generate_batch(model, tokenizer, ["白", "日"], **settings), [], writer.make_engine
     monkeypatch.setattr(
         writer, "make_engine", lambda source, rows, engine: (batches.append(rows), make(source, rows, engine))[1]
@@ -166,6 +171,16 @@ def test_candidates_beyond_memory_are_written_some_at_a_time(model, tokenizer, m
             assert (alone, alone.ids) == (text, text.ids)
             assert alone.log_probability == pytest.approx(text.log_probability, abs=1e-3)
         assert max(batches) == at_once * rows_per_text
+
+
+def test_a_text_takes_the_memory_of_its_cache_and_its_logits(build, tokenizer):
+    one, three = (
+        writer._bytes_per_text(cached_weights(build(tokenizer.vocab_size, T, num_layers=n, hidden_dim=64)))
+        for n in (1, 3)
+    )
+    of_a_layer = 2 * 4 * 64 * (T if build.architecture == "transformer" else 1)  # keys and values, or two states
+    assert three - one >= 2 * of_a_layer
+    assert one >= of_a_layer + 4 * tokenizer.vocab_size
 
 
 def test_a_search_beyond_memory_is_refused(model, tokenizer, monkeypatch):
