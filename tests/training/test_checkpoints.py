@@ -170,7 +170,7 @@ def require_equal(one, two):
     [
         ((4, 7), {}),  # at a validation, and between two
         ((7, 10), {"num_candidates": 100}),  # and of the steps among candidates, of which the tenth is the last
-        ((7,), {"num_microbatches": 2}),
+        ((7,), {"num_microbatches": 2, "num_candidates": 100}),
     ],
 )
 def test_from_each_checkpoint_it_goes_on_to_the_same_end(build, documents, tokenizer, tmp_path, steps, settings):

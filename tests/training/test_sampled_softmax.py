@@ -217,3 +217,13 @@ def test_candidates_on_several_devices_are_refused(build_one, documents, tokeniz
     model, data = build_one(tokenizer.vocab_size, T), make_dataset(documents, tokenizer, T, 4, seed=0)
     message = message_of(ValueError, train, model, data, tokenizer, documents[:9], num_candidates=90, steps=2)
     assert "num_candidates > 0 needs one device" in message
+
+
+def test_candidates_are_drawn_with_the_seed_of_the_data(build_one, documents, tokenizer, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        "aigc_tf.training.loop.candidate_sampler", lambda *args: seeds.append(args[-1]) or candidate_sampler(*args)
+    )
+    model, data = build_one(tokenizer.vocab_size, T, num_layers=1), make_dataset(documents, tokenizer, T, 4, seed=5)
+    train(model, data, tokenizer, documents[:2], steps=2, validations=1, num_candidates=90, progress=False)
+    assert seeds == [5]
