@@ -7,6 +7,7 @@ median of five passes, in million characters a second of one process. The packag
 if it is installed (extra `fast`); both are timed here.
 """
 
+import argparse
 import functools
 import statistics
 import time
@@ -35,6 +36,7 @@ def encode_all(tokenizer: Tokenizer, documents: list[str]) -> None:
 
 def main() -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     poems = load_documents(shipped_file("tang_quatrains.txt"))
     long_text = ["\n\n".join(poems)]
     num_chars = sum(map(len, poems))

@@ -88,8 +88,6 @@ def tune(
     if minutes is not None and not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes}.")
     seed = as_seed(seed)
-    if "seed" in fixed:
-        fixed["seed"] = as_seed(fixed["seed"])
     _keras_tuner()
     folder = Path(folder)
     search = {

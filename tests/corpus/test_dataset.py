@@ -279,9 +279,10 @@ def test_stores_refuse_what_does_not_fit(tmp_path, documents, tokenizer):
     (path / "manifest.json").write_text(json.dumps({**manifest, "dtype": "nonsense"}), "utf-8")
     with pytest.raises(ValueError, match="must be of uint16, but says nonsense"):
         open_store(path, tokenizer)
-    (path / "manifest.json").write_text(json.dumps({**manifest, "version": 99}), "utf-8")
-    with pytest.raises(ValueError, match="cannot be read by this version"):
-        open_store(path, tokenizer)
+    for wrong in ({"version": 99}, {"tokens": None}):
+        (path / "manifest.json").write_text(json.dumps({**manifest, **wrong}), "utf-8")
+        with pytest.raises(ValueError, match="cannot be read by this version"):
+            open_store(path, tokenizer)
 
 
 def test_too_little_text_is_said(tokenizer):
