@@ -92,15 +92,14 @@ def open_store(path, tokenizer: Tokenizer) -> np.ndarray:
         manifest = parse_json((path / _MANIFEST).read_text("utf-8"))
         if any(manifest.get(key) != value for key, value in _FORMAT.items()):
             raise ValueError(f"it must contain {_FORMAT}")
-        dtype, num_tokens, made_with = (manifest[key] for key in ("dtype", "tokens", "tokenizer"))
-        num_bytes = num_tokens * np.dtype(dtype).itemsize
+        dtype, num_tokens, made_with = manifest["dtype"], int(manifest["tokens"]), manifest["tokenizer"]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path / _MANIFEST} cannot be read by this version: {error}.") from None
     if made_with != tokenizer.fingerprint:
         raise ValueError(f"The token store {path} was made with another tokenizer. Make it anew.")
     if dtype != _dtype(tokenizer).name:
         raise ValueError(f"The token store {path} must be of {_dtype(tokenizer).name}, but says {dtype}. Make it anew.")
-    if num_bytes != (path / _TOKENS).stat().st_size:
+    if num_tokens * np.dtype(dtype).itemsize != (path / _TOKENS).stat().st_size:
         raise ValueError(f"{path / _TOKENS} does not have the {num_tokens} ids of its manifest. Make it anew.")
     return np.memmap(path / _TOKENS, dtype, mode="r") if num_tokens else np.empty(0, dtype)  # nothing cannot be mapped
 
