@@ -25,9 +25,8 @@ def cached_weights(model) -> TransformerWeights | LstmWeights | None:
     """Return the weights of a model that `aigc_tf` built, the same object while they are equal; None for others."""
     if isinstance(model, TransformerWeights | LstmWeights):
         return model
-    if not hasattr(model, "get_layer") or not computes_its_graph(
-        model
-    ):  # not a Keras model, or a class that overrides its call
+    is_keras_model = hasattr(model, "get_layer")
+    if not is_keras_model or not computes_its_graph(model):
         return None
     with _lock:
         return _read_if_changed(model)
