@@ -26,7 +26,15 @@ except ImportError:  # Windows, where the size of files cannot be limited
     resource = None
 limits_files = pytest.mark.skipif(resource is None, reason="the size of files is limited by POSIX")
 # Where a file could not be written, `savez` of NumPy 1 leaves a ZipFile, which cannot be closed when it is collected.
-leaves_garbage = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ignores_unraisable = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def collected():
+    """Collect the garbage of a test after it, before it could be found in another."""
+    yield
+    gc.collect()
+
 
 ARRAYS = {"weights": [np.arange(6, dtype=np.float32).reshape(2, 3), np.array(7)], "best": []}
 T = 20
@@ -107,7 +115,8 @@ def test_one_of_another_version_is_refused(tmp_path, monkeypatch):
 
 
 @limits_files
-@leaves_garbage
+@ignores_unraisable
+@pytest.mark.usefixtures("collected")
 def test_where_there_is_no_room_the_earlier_ones_stay(tmp_path):
     write(tmp_path, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -117,7 +126,6 @@ def test_where_there_is_no_room_the_earlier_ones_stay(tmp_path):
             write_checkpoint(tmp_path, 2, {"weights": [np.zeros(10_000)]}, {}, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    gc.collect()
     assert caught.value.errno == errno.EFBIG
     assert steps_in(tmp_path) == [1]
     assert len(os.listdir(tmp_path)) == 1
@@ -276,7 +284,8 @@ def test_a_log_that_cannot_be_written_says_so(build_one, documents, tokenizer, t
 
 
 @limits_files
-@leaves_garbage
+@ignores_unraisable
+@pytest.mark.usefixtures("collected")
 def test_a_full_disk_stops_with_what_is_kept(build_one, documents, tokenizer, tmp_path):
     run(build_one, documents, tokenizer, tmp_path)
     for path in list_checkpoints(tmp_path / "checkpoints")[1:]:
@@ -289,7 +298,6 @@ def test_a_full_disk_stops_with_what_is_kept(build_one, documents, tokenizer, tm
             run(build_one, documents, tokenizer, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    gc.collect()
     assert f"the checkpoint of step 12 cannot be written. The last good checkpoint is {kept[0]}." in str(caught.value)
     assert list_checkpoints(tmp_path / "checkpoints") == kept
     assert run(build_one, documents, tokenizer, tmp_path)[1]["step"] == [4, 8, 12]
