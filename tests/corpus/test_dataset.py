@@ -177,8 +177,8 @@ def test_no_tuner_keeps_an_iterator_from_ending(documents, tokenizer):
     pytest.importorskip("tensorflow")
     data = make_dataset(documents, tokenizer, 8, 4, seed=0).from_step(3)
     sampled = candidate_sampler(data.counts(), 10, seed=0)(data, 0)
-    for dataset_ in (data, data.rebatch(2), sampled):
-        assert dataset_.options().autotune.enabled is False
+    for each in (data, data.rebatch(2), sampled):
+        assert each.options().autotune.enabled is False
 
 
 def test_a_store_on_disk_gives_the_same_batches(tmp_path, documents, tokenizer):
